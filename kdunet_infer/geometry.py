@@ -1,0 +1,98 @@
+"""Boxes of voxels: half-open, in integers, axes zyx. Knows no arrays, volumes or models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kdunet_infer.errors import GeometryError
+
+ZYX = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A half-open box of voxels; may be empty and may leave the volume (negative coordinates)."""
+
+    begin: ZYX
+    """First voxel, inclusive."""
+    end: ZYX
+    """One past the last voxel, exclusive."""
+
+    def __post_init__(self) -> None:
+        if any(end < begin for begin, end in zip(self.begin, self.end, strict=True)):
+            raise GeometryError(f"box {self.begin} to {self.end} ends before it begins; give begin:end with end >= begin.")
+
+    @classmethod
+    def of_shape(cls, shape: ZYX) -> Box:
+        """The box of a whole volume: begins at the origin."""
+        return cls((0, 0, 0), shape)
+
+    @property
+    def shape(self) -> ZYX:
+        """Voxels along z, y and x."""
+        z, y, x = (end - begin for begin, end in zip(self.begin, self.end, strict=True))
+        return z, y, x
+
+    @property
+    def n_voxels(self) -> int:
+        """How many voxels the box holds."""
+        z, y, x = self.shape
+        return z * y * x
+
+    def contains(self, other: Box) -> bool:
+        """Whether every voxel of `other` is one of this box's."""
+        return all(a <= b for a, b in zip(self.begin, other.begin, strict=True)) and all(
+            a >= b for a, b in zip(self.end, other.end, strict=True)
+        )
+
+    def intersection(self, other: Box) -> Box:
+        """The voxels in both; empty (shape 0 along some axis) where there are none."""
+        begin = _zyx(max(a, b) for a, b in zip(self.begin, other.begin, strict=True))
+        end = _zyx(max(start, min(a, b)) for start, a, b in zip(begin, self.end, other.end, strict=True))
+        return Box(begin, end)
+
+    def grown(self, margin: ZYX) -> Box:
+        """This box with `margin` voxels more on both sides of each axis."""
+        begin = _zyx(a - m for a, m in zip(self.begin, margin, strict=True))
+        return Box(begin, _zyx(a + m for a, m in zip(self.end, margin, strict=True)))
+
+    def snapped(self, grid: ZYX) -> Box:
+        """The smallest box around this one whose corners are multiples of `grid`."""
+        begin = _zyx(a // g * g for a, g in zip(self.begin, grid, strict=True))
+        return Box(begin, _zyx(-(-a // g) * g for a, g in zip(self.end, grid, strict=True)))
+
+    def slices_in(self, frame: Box) -> tuple[slice, slice, slice]:
+        """Slices that cut this box out of an array that holds `frame`; this box must lie inside it."""
+        if not frame.contains(self):
+            raise GeometryError(f"{self} is not inside {frame}, so it cannot be cut out of it.")
+        z, y, x = (
+            slice(begin - origin, end - origin) for begin, end, origin in zip(self.begin, self.end, frame.begin, strict=True)
+        )
+        return z, y, x
+
+    def split(self, shape: ZYX) -> Iterator[Box]:
+        """Boxes of a grid of `shape` anchored at this box's begin, clipped to it, z slowest."""
+        for z in range(self.begin[0], self.end[0], shape[0]):
+            for y in range(self.begin[1], self.end[1], shape[1]):
+                for x in range(self.begin[2], self.end[2], shape[2]):
+                    yield Box((z, y, x), (z + shape[0], y + shape[1], x + shape[2])).intersection(self)
+
+    def __str__(self) -> str:
+        return ",".join(f"{begin}:{end}" for begin, end in zip(self.begin, self.end, strict=True))
+
+
+def parse_shape(text: str) -> ZYX:
+    """Read `64,512,512` (z,y,x) as a shape of positive integers.
+
+    Raises GeometryError for anything else.
+    """
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*){2}", text) or 0 in (shape := _zyx(map(int, text.split(",")))):
+        raise GeometryError(f"shape {text!r} is not three positive integers; write z,y,x as in 64,512,512.")
+    return shape
+
+
+def _zyx(values: Iterator[int]) -> ZYX:
+    z, y, x = values
+    return z, y, x
