@@ -1,16 +1,25 @@
-"""One block from source to target, over three protocols. Knows no Zarr, dask, click or paths."""
+"""One block from source to target, over three protocols. Knows no Zarr, dask, click or paths.
+
+Reading, computing and writing are separate calls, so that a run can time them and overlap them; writing is the caller's.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from kdunet_infer.errors import EngineError
 from kdunet_infer.geometry import ZYX, Box
+from kdunet_infer.plan import Block, Plan
 
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
+
+DEFAULT_BATCH_SIZE = 4
+"""Tiles handed to the engine at once."""
 
 
 class Source(Protocol):
@@ -39,4 +48,73 @@ class Engine(Protocol):
     """A network on some runtime."""
 
     def infer(self, tiles: UInt8Array) -> Float32Array:
-        """Foreground probability (n, y, x) float32 of tiles (n, y, x) uint8; y and x multiples of the stride."""
+        """Foreground probability (n, y, x) float32 of tiles (n, y, x) uint8; y and x multiples of the stride.
+
+        `tiles` may be a view with gaps between its rows. Raises EngineInputError for tiles it cannot take, EngineError where
+        the runtime fails.
+        """
+
+    def describe(self) -> str:
+        """One line for reports: the runtime, its version, the device and the threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """What one block writes; both arrays (z, y, x) uint8 of the shape of the block's `write_box`."""
+
+    mask: UInt8Array
+    """1 where the probability reaches the threshold, else 0."""
+    probability: UInt8Array | None
+    """round(255 p), where asked for."""
+
+
+def segment_block(
+    source: Source,
+    engine: Engine,
+    plan: Plan,
+    block: Block,
+    *,
+    threshold: float,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    with_probability: bool = False,
+) -> BlockResult:
+    """Read and compute one block: the simple way, without overlap."""
+    voxels = read_block(source, block)
+    return compute_block(
+        voxels, engine, plan, block, threshold=threshold, batch_size=batch_size, with_probability=with_probability
+    )
+
+
+def read_block(source: Source, block: Block) -> UInt8Array:
+    """Voxels (z, y, x) uint8 of the block's `read_box`, in one read."""
+    return source.read_box(block.read_box)
+
+
+def compute_block(
+    voxels: UInt8Array,
+    engine: Engine,
+    plan: Plan,
+    block: Block,
+    *,
+    threshold: float,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    with_probability: bool = False,
+) -> BlockResult:
+    """Segment a block from the `voxels` (z, y, x) of its `read_box`.
+
+    Probabilities are float32 for one batch of tiles at a time, and thresholded before they are rounded. Raises EngineError
+    where the engine fails or returns NaN.
+    """
+    mask = np.empty(block.write_box.shape, np.uint8)
+    probability = np.empty(block.write_box.shape, np.uint8) if with_probability else None
+    for tile in plan.tiles(block, batch_size):
+        found = engine.infer(voxels[tile.read_box.slices_in(block.read_box)])
+        kept_box = tile.core_box.intersection(block.write_box)
+        p = found[kept_box.slices_in(tile.read_box)]
+        if np.isnan(p.max()):  # max carries a NaN; without this the voxel would pass for background
+            raise EngineError(f"{engine.describe()} returned NaN within voxels {kept_box}; use an engine in float32.")
+        kept = kept_box.slices_in(block.write_box)
+        mask[kept] = p >= np.float32(threshold)
+        if probability is not None:
+            probability[kept] = np.rint(p * np.float32(255))
+    return BlockResult(mask, probability)

@@ -1,0 +1,123 @@
+"""Augmentation of a crop: one warp for image and mask together, then the image's grey values.
+
+Flips, rotation, scale and the coarse-grid elastic warp of the U-Net paper (random displacements on a coarse grid, bicubic in
+between; arXiv:1505.04597, section 3.1) are one sampling of the slice, so that nothing is interpolated twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdunet_infer.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AugmentConfig:
+    """How far a crop may be changed. Zero switches a change off; `AugmentConfig.none()` switches off all."""
+
+    flip: bool = True
+    rotate_degrees: float = 180.0
+    """Rotation is uniform within plus and minus this."""
+    scale: float = 0.2
+    """Magnification is log-uniform within 1/(1+scale) and 1+scale."""
+    elastic_px: float = 6.0
+    """Standard deviation of the displacements on the coarse grid, in pixels."""
+    elastic_spacing_px: int = 64
+    """Distance of the coarse grid's nodes."""
+    brightness: float = 20.0
+    """Grey levels (of 255) added, uniform within plus and minus this."""
+    contrast: float = 0.25
+    """Contrast is multiplied by a log-uniform factor within 1/(1+contrast) and 1+contrast."""
+    gamma: float = 0.25
+    """Exponent of the grey values, log-uniform within 1/(1+gamma) and 1+gamma."""
+    noise: float = 8.0
+    """Gaussian noise of a standard deviation uniform within 0 and this, in grey levels."""
+
+    def __post_init__(self) -> None:
+        for name in ("rotate_degrees", "scale", "elastic_px", "brightness", "contrast", "gamma", "noise"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.elastic_spacing_px < 8:
+            raise ConfigError(f"augment.elastic_spacing_px is {self.elastic_spacing_px}; use 8 pixels or more.")
+
+    @classmethod
+    def none(cls) -> AugmentConfig:
+        """No change at all: the crop as it is in the slice."""
+        return cls(flip=False, rotate_degrees=0, scale=0, elastic_px=0, brightness=0, contrast=0, gamma=0, noise=0)
+
+
+def warped_crop(
+    image: Tensor, mask: Tensor, corner: tuple[int, int], size: int, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Cut a crop of `size` pixels at `corner` (y, x) out of a slice, warped.
+
+    image, mask: (y, x), 0 to 255 and 0 or 1. Returns image (size, size) float32 and mask (size, size) int64; beyond the
+    slice both are mirrored.
+    """
+    points = sampling_points(corner, size, config, rng)  # (size, size, 2) as x, y
+    begin = points.amin(dim=(0, 1)).floor().long() - 1  # x, y; only what is sampled is converted to float
+    end = points.amax(dim=(0, 1)).ceil().long() + 2
+    height, width = image.shape
+    x0, y0 = (int(v.clamp(min=0)) for v in begin)
+    x1, y1 = min(int(end[0]), width), min(int(end[1]), height)
+    if begin.min() < 0 or x1 < int(end[0]) or y1 < int(end[1]):
+        x0, y0, x1, y1 = 0, 0, width, height  # mirroring needs the true faces of the slice
+    region = torch.stack([image[y0:y1, x0:x1].float(), mask[y0:y1, x0:x1].float()])[None]  # (1, 2, y, x)
+    extent = torch.tensor([x1 - x0 - 1, y1 - y0 - 1], dtype=torch.float32).clamp(min=1)
+    grid = (points - torch.tensor([x0, y0])) / extent * 2 - 1
+    crop = F.grid_sample(region, grid[None], mode="bilinear", padding_mode="reflection", align_corners=True)[0]
+    return crop[0], (crop[1] >= 0.5).long()
+
+
+def sampling_points(corner: tuple[int, int], size: int, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
+    """Where in the slice each pixel of the crop is taken from: (size, size, 2) float32, x then y, in pixels."""
+    centre = (size - 1) / 2
+    axis = torch.arange(size, dtype=torch.float32) - centre
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    points = torch.stack([x, y], dim=-1)
+    if config.elastic_px:
+        points = points + _elastic_displacements(size, config, rng)
+    points = points @ torch.tensor(_linear_map(config, rng), dtype=torch.float32).T
+    return points + torch.tensor([corner[1] + centre, corner[0] + centre])
+
+
+def changed_grey_values(image: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
+    """Contrast about the crop's mean, brightness, gamma and noise on grey values 0 to 255; same shape, float32."""
+    factor, exponent = _log_uniform(rng, config.contrast), _log_uniform(rng, config.gamma)
+    shift = rng.uniform(-config.brightness, config.brightness)
+    sigma = rng.uniform(0.0, config.noise)
+    mean = image.mean()
+    changed = ((image - mean) * factor + mean + shift).clamp(0.0, 255.0)
+    if config.gamma:
+        changed = 255.0 * (changed / 255.0) ** exponent
+    if config.noise:
+        changed = changed + torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32)) * sigma
+    return changed.clamp(0.0, 255.0)
+
+
+def _linear_map(config: AugmentConfig, rng: np.random.Generator) -> list[list[float]]:
+    angle = math.radians(rng.uniform(-config.rotate_degrees, config.rotate_degrees))
+    scale = _log_uniform(rng, config.scale)
+    flip = -1.0 if config.flip and rng.random() < 0.5 else 1.0  # with a free rotation one flip axis gives them all
+    turn = float(rng.integers(4)) * math.pi / 2 if config.flip else 0.0
+    cos, sin = (round(value, 12) for value in (math.cos(angle + turn), math.sin(angle + turn)))
+    return [[flip * cos / scale, -sin / scale], [flip * sin / scale, cos / scale]]
+
+
+def _elastic_displacements(size: int, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
+    n_nodes = size // config.elastic_spacing_px + 3  # one node beyond each side, for the bicubic
+    nodes = rng.standard_normal((1, 2, n_nodes, n_nodes), dtype=np.float32) * config.elastic_px
+    length = n_nodes * config.elastic_spacing_px
+    fine = F.interpolate(torch.from_numpy(nodes), (length, length), mode="bicubic", align_corners=False)
+    begin = (length - size) // 2
+    return fine[0, :, begin : begin + size, begin : begin + size].permute(1, 2, 0)
+
+
+def _log_uniform(rng: np.random.Generator, spread: float) -> float:
+    return math.exp(rng.uniform(-1.0, 1.0) * math.log1p(spread))

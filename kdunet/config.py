@@ -1,0 +1,194 @@
+"""The configuration of a run: typed, frozen, TOML in and out, saved beside every result. The one place of each default."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from kdunet.augment import AugmentConfig
+from kdunet_infer.errors import ConfigError
+
+T = typing.TypeVar("T")
+
+Slab = tuple[int, int]
+"""Slices begin to end, half-open."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which voxels are learned from and which are only looked at."""
+
+    images: str = ""
+    """TIFF stack (z, y, x) uint8."""
+    labels: str = ""
+    """TIFF stack of the same shape."""
+    foreground: int | None = None
+    """The label value that is foreground; None: every value but 0."""
+    train_slices: Slab | None = None
+    """None: the first 82 %."""
+    validation_slices: Slab | None = None
+    """None: the last 12 %, so that a gap keeps near-copies of training slices out of validation."""
+    crop: int = 256
+    """Side of a training crop, in pixels; a multiple of the stride."""
+    batch: int = 8
+    """Crops a step."""
+    workers: int = 1
+    """Processes that prepare crops; 0 prepares them in the loop itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """L = hard_weight L_hard + soft_weight L_soft + dice_weight L_dice; L_soft holds its T^2."""
+
+    hard_weight: float = 1.0
+    soft_weight: float = 0.0
+    dice_weight: float = 1.0
+    temperature: float = 5.0
+    class_weights: str = "sqrt"
+    """none, inverse or sqrt; from the foreground fraction measured on the training slab."""
+
+
+METHODS: Mapping[str, tuple[float, float]] = {"vanilla": (1.0, 0.0), "soft": (0.0, 1.0), "mixed": (1.0, 1.0)}
+"""Presets of (hard_weight, soft_weight): labels alone, teacher alone, both."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW with one cycle of the learning rate."""
+
+    steps: int = 5000
+    learning_rate: float = 1e-2
+    """The peak."""
+    warmup: float = 0.1
+    """Share of the steps until the peak."""
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    """The gradient's norm is cut to this."""
+    ema_decay: float = 0.998
+    """Of the exponential moving average of the weights, which is what is validated, saved and exported."""
+    precision: str = "32-true"
+    """As Lightning Fabric names it: 32-true, bf16-mixed, 16-mixed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    width: int = 2
+    seed: int = 0
+    teacher: str = ""
+    """A run directory, a folder of `models/teachers`, or a safetensors file; empty: no teacher."""
+    validate_every: int = 500
+    """Steps between validations and checkpoints."""
+    accelerator: str = "auto"
+    devices: int = 1
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(1, "width", self.width)
+        _at_least(0, "seed", self.seed)
+        _at_least(1, "validate_every", self.validate_every)
+        _at_least(1, "optim.steps", self.optim.steps)
+        _at_least(1, "data.batch", self.data.batch)
+        _at_least(0, "data.workers", self.data.workers)
+        if self.data.crop < 16 or self.data.crop % 16:
+            raise ConfigError(f"data.crop is {self.data.crop}; the network needs a multiple of 16, such as 256.")
+        if not self.optim.learning_rate > 0:
+            raise ConfigError(f"optim.learning_rate is {self.optim.learning_rate}; it must be above 0.")
+        if not 0 <= self.optim.ema_decay < 1:
+            raise ConfigError(f"optim.ema_decay is {self.optim.ema_decay}; it must be at least 0 and below 1.")
+        if not self.loss.temperature > 0:
+            raise ConfigError(f"loss.temperature is {self.loss.temperature}; it must be above 0.")
+        if self.loss.class_weights not in ("none", "inverse", "sqrt"):
+            raise ConfigError(f"loss.class_weights is {self.loss.class_weights!r}; choose none, inverse or sqrt.")
+        if min(self.loss.hard_weight, self.loss.soft_weight, self.loss.dice_weight) < 0:
+            raise ConfigError("a loss weight is negative; give hard_weight, soft_weight and dice_weight of 0 or more.")
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Read a configuration; what the file leaves out keeps its default.
+
+        Raises ConfigError for a file that is missing or no TOML, and for unknown keys or values of the wrong type.
+        """
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as exc:
+            raise ConfigError(f"there is no configuration file {path}; check the path given to --config.") from exc
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"{path} is not TOML ({exc}); mend that line.") from exc
+        return _from_table(cls, table, where="")
+
+    def to_toml(self) -> str:
+        """Every value, defaults included, as TOML; None is left out."""
+        table = dataclasses.asdict(self)
+        sections = {name: table.pop(name) for name in ("data", "augment", "loss", "optim")}
+        lines = _toml_lines(table)
+        for name, section in sections.items():
+            lines += ["", f"[{name}]", *_toml_lines(section)]
+        return "\n".join(lines) + "\n"
+
+    def replaced(self, values: Mapping[str, Any]) -> Self:
+        """A copy with dotted keys (`optim.steps`) replaced; keys whose value is None are left as they are."""
+        changed = self
+        for key, value in values.items():
+            if value is None:
+                continue
+            section, _, name = key.rpartition(".")
+            if section:
+                value, name = dataclasses.replace(getattr(changed, section), **{name: value}), section
+            changed = dataclasses.replace(changed, **{name: value})
+        return changed
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """`key: ours -> theirs` of all that differs, in order."""
+        ours, theirs = (dict(_flat(dataclasses.asdict(config))) for config in (self, other))
+        return [f"{key}: {ours[key]} -> {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+
+
+def _from_table(cls: type[T], table: Mapping[str, Any], *, where: str) -> T:
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(table.keys() - hints.keys()):
+        raise ConfigError(f"the configuration has the unknown key {where + unknown[0]!r}; known are {', '.join(hints)}.")
+    return cls(**{name: _typed(hints[name], value, where + name) for name, value in table.items()})
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _from_table(typing.cast(type[Any], kind), value, where=name + ".")
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in options and type(value) is int:
+        return float(value)
+    if isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value):
+        value = tuple(value)
+    if not any(type(value) is (typing.get_origin(option) or option) for option in options):
+        wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
+        raise ConfigError(f"{name} is {value!r} in the configuration; it must be of type {wanted}.")
+    return value
+
+
+def _toml_lines(table: Mapping[str, Any]) -> list[str]:
+    # JSON's strings, numbers, booleans and arrays are TOML's too
+    return [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}.")

@@ -1,0 +1,102 @@
+"""Coarser levels out of finer ones, block by block. Knows numpy and boxes; no files, no metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kdunet_infer.blockwise import UInt8Array
+from kdunet_infer.geometry import ZYX, Box
+
+IntArray = npt.NDArray[np.intp]
+Pooling = Literal["majority", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Along one axis, the finer voxels begin[i] <= j < end[i] that make up the coarser voxel i."""
+
+    begin: IntArray
+    end: IntArray
+
+    def cut(self, begin: int, end: int) -> Windows:
+        """The windows of the coarser voxels begin..end-1, counted from the first finer voxel of them."""
+        origin = self.begin[begin]
+        return Windows(self.begin[begin:end] - origin, self.end[begin:end] - origin)
+
+
+def windows(n_finer: int, n_coarser: int, ratio: float) -> Windows:
+    """Windows of `ratio` voxels each, as the levels' scales say: the position of the grid is theirs, not ours to guess.
+
+    At the end of the axis a window is clipped (odd sizes rounded up), voxels are left over (rounded down), and one
+    that lies wholly outside repeats the last voxel. A ratio that is no integer gives windows of changing length.
+    """
+    edges = np.rint(np.arange(n_coarser + 1) * ratio).astype(np.intp)
+    begin = np.minimum(edges[:-1], n_finer - 1)
+    return Windows(begin, np.clip(edges[1:], begin + 1, n_finer))
+
+
+def pool(voxels: UInt8Array, axes: Sequence[Windows], pooling: Pooling) -> UInt8Array:
+    """Voxels (z, y, x) pooled over one window per axis.
+
+    majority: 1 where at least half of the voxels are not 0, so a tie is foreground (thin structures stay visible).
+    mean: rounded to the nearest integer, halves up.
+    """
+    totals = (voxels != 0 if pooling == "majority" else voxels).astype(np.uint32)
+    counts = np.ones((1, 1, 1), dtype=np.uint32)
+    for axis, window in enumerate(axes):  # z first: whole planes are cheap to take, and x finds a quarter of the voxels
+        totals = _sum_windows(totals, window, axis)
+        counts = counts * _along(window.end - window.begin, axis)
+    if pooling == "majority":
+        return (2 * totals >= counts).astype(np.uint8)
+    return ((2 * totals + counts) // (2 * counts)).astype(np.uint8)
+
+
+def build_level(
+    read: Callable[[Box], UInt8Array],
+    finer_shape: ZYX,
+    write: Callable[[Box, UInt8Array], None],
+    coarser_shape: ZYX,
+    *,
+    ratio: tuple[float, float, float],
+    write_shape: ZYX,
+    chunk_shape: ZYX,
+    pooling: Pooling,
+) -> None:
+    """Write a whole level, one file (`write_shape`) at a time, out of the finer level that `read` reads.
+
+    Memory: one file of the coarser level, and what one chunk of it covers in the finer level.
+    """
+    axes = [windows(*sizes) for sizes in zip(finer_shape, coarser_shape, ratio, strict=True)]
+    for box in Box.of_shape(coarser_shape).split(write_shape):
+        block = np.empty(box.shape, dtype=np.uint8)
+        for part in box.split(chunk_shape):
+            finer_begin = [int(axis.begin[begin]) for axis, begin in zip(axes, part.begin, strict=True)]
+            finer_end = [int(axis.end[end - 1]) for axis, end in zip(axes, part.end, strict=True)]
+            local = [axis.cut(begin, end) for axis, begin, end in zip(axes, part.begin, part.end, strict=True)]
+            voxels = read(Box((*finer_begin,), (*finer_end,)))
+            block[part.slices_in(box)] = pool(voxels, local, pooling)
+        write(box, block)
+
+
+def _sum_windows(voxels: npt.NDArray[np.uint32], window: Windows, axis: int) -> npt.NDArray[np.uint32]:
+    """Sums over windows as one take per offset in them: twenty times faster than np.add.reduceat."""
+    total: npt.NDArray[np.uint32] | None = None
+    for offset in range(int((window.end - window.begin).max())):
+        index = window.begin + offset
+        inside = index < window.end
+        part = voxels.take(np.minimum(index, window.end - 1), axis=axis)
+        if not inside.all():
+            part *= _along(inside, axis)
+        total = part if total is None else total + part
+    assert total is not None, "a window holds at least one voxel"
+    return total
+
+
+def _along(values: npt.NDArray[np.generic], axis: int) -> npt.NDArray[np.uint32]:
+    """One value per index of `axis`, shaped to broadcast over (z, y, x)."""
+    return values.astype(np.uint32).reshape([values.size if i == axis else 1 for i in range(3)])

@@ -1,0 +1,366 @@
+"""Counts against numpy and scipy at once; streamed against at once; thresholds against the masks themselves."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.spatial.distance import dice, jaccard
+
+from kdunet_infer import metrics
+from kdunet_infer.errors import ConfigError, EngineError, VolumeError
+from kdunet_infer.geometry import Box
+from kdunet_infer.metrics import (
+    Confusion,
+    CrossEntropy,
+    ProbabilityHistogram,
+    agreement,
+    confusion,
+    evaluate_volumes,
+    slice_confusions,
+)
+
+MASKS = hnp.arrays(np.bool_, hnp.array_shapes(min_dims=3, max_dims=3, max_side=7))
+CHUNKS = st.tuples(*[st.integers(1, 9)] * 3)
+
+
+class ArrayLabels:
+    """Labels in memory that remember what was read of them."""
+
+    def __init__(self, voxels, chunk_shape=(2, 3, 4)):
+        self.voxels, self.shape, self.chunk_shape, self.boxes = voxels, voxels.shape, chunk_shape, []
+
+    def read(self, box):
+        self.boxes.append(box)
+        return self.voxels[box.slices_in(Box.of_shape(self.shape))]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def brute_confusion(prediction, truth):
+    """One voxel after the other: the reference."""
+    kinds = [(bool(p), bool(t)) for p, t in zip(prediction.ravel(), truth.ravel(), strict=True)]
+    return Confusion(*(kinds.count(kind) for kind in [(True, True), (True, False), (False, True), (False, False)]))
+
+
+# Confusion
+
+
+@given(MASKS, st.randoms(use_true_random=False))
+def test_confusion_counts_every_voxel(prediction, random):
+    truth = np.array([random.random() < 0.5 for _ in range(prediction.size)]).reshape(prediction.shape)
+    assert confusion(prediction, truth) == brute_confusion(prediction, truth)
+
+
+def test_scores_equal_scipy(rng):
+    truth = rng.random((5, 40, 30)) < 0.3
+    prediction = truth ^ (rng.random(truth.shape) < 0.1)
+    counts = confusion(prediction, truth)
+    assert counts.iou == pytest.approx(1 - jaccard(prediction.ravel(), truth.ravel()), abs=1e-12)
+    assert counts.dice == pytest.approx(1 - dice(prediction.ravel(), truth.ravel()), abs=1e-12)
+    assert counts.precision == pytest.approx(truth[prediction].mean(), abs=1e-12)
+    assert counts.recall == pytest.approx(prediction[truth].mean(), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("counts", "scores"),
+    [
+        (Confusion(), (1, 1, 1, 1)),
+        (Confusion(tn=9), (1, 1, 1, 1)),
+        (Confusion(fp=2, tn=7), (0, 0, 0, 0)),
+        (Confusion(fn=2, tn=7), (0, 0, 0, 0)),
+        (Confusion(fp=2, fn=3), (0, 0, 0, 0)),
+        (Confusion(tp=4), (1, 1, 1, 1)),
+        (Confusion(tp=3, fp=1, fn=2), (3 / 6, 6 / 9, 3 / 4, 3 / 5)),
+    ],
+    ids=["no-voxels", "both-empty", "truth-empty", "prediction-empty", "disjoint", "perfect", "mixed"],
+)
+def test_scores_where_something_is_empty(counts, scores):
+    assert (counts.iou, counts.dice, counts.precision, counts.recall) == scores
+
+
+def test_confusion_adds_up_without_overflow():
+    huge = Confusion(2**62, 2**62, 0, 2**62)
+    total = sum([huge] * 4, Confusion(1, 2, 3, 4))
+    assert total == Confusion(2**64 + 1, 2**64 + 2, 3, 2**64 + 4)
+    assert total.n_voxels == 3 * 2**64 + 10
+
+
+def test_confusion_holds_python_integers(rng):
+    counts = confusion(rng.random((4, 5)) < 0.5, rng.random((4, 5)) < 0.5)
+    assert {type(n) for n in (counts.tp, counts.fp, counts.fn, counts.tn)} == {int}
+
+
+def test_any_value_but_zero_is_foreground():
+    assert confusion(np.array([0, 1, 255, 7], np.uint8), np.array([0, -4, 0, 9], np.int64)) == Confusion(2, 1, 0, 1)
+
+
+def test_foreground_picks_one_value_of_the_truth_only():
+    prediction, truth = np.array([1, 1, 0, 5], np.uint8), np.array([5, 2, 5, 0], np.uint8)
+    assert confusion(prediction, truth, foreground=5) == Confusion(1, 2, 1, 0)
+    assert confusion(prediction, truth, foreground=300) == Confusion(0, 3, 0, 1)  # beyond uint8: nowhere
+
+
+@given(MASKS)
+def test_slices_are_counted_one_by_one(prediction):
+    truth = np.roll(prediction, 1)
+    assert slice_confusions(prediction, truth) == [brute_confusion(p, t) for p, t in zip(prediction, truth, strict=True)]
+
+
+def test_slices_take_foreground():
+    truth = np.array([[[2]], [[3]]])
+    assert slice_confusions(np.ones_like(truth), truth, 3) == [Confusion(fp=1), Confusion(tp=1)]
+
+
+@pytest.mark.parametrize("count", [confusion, slice_confusions, agreement])
+def test_arrays_of_different_shape_are_refused(count):
+    with pytest.raises(
+        VolumeError, match=r"shape \(2, 3, 4\) and .* \(1, 3, 4\), so .* do not correspond; compare the same region"
+    ):
+        count(np.ones((2, 3, 4), bool), np.ones((1, 3, 4), bool))
+
+
+@pytest.mark.parametrize("count", [confusion, agreement])
+@pytest.mark.parametrize("float_first", [True, False])
+def test_probabilities_are_no_labels(count, float_first):
+    arrays = [np.ones(3, np.float32), np.ones(3, np.uint8)]
+    with pytest.raises(VolumeError, match=r"dtype float32, but only integers and booleans .*; threshold probabilities first"):
+        count(*(arrays if float_first else reversed(arrays)))
+
+
+# Volumes
+
+
+@given(MASKS, CHUNKS, CHUNKS, st.integers(1, 400), st.randoms(use_true_random=False))
+def test_streamed_equals_at_once(prediction, chunks_a, chunks_b, block_voxels, random):
+    truth = np.array([random.randrange(3) for _ in range(prediction.size)], np.uint8).reshape(prediction.shape)
+    scores = evaluate_volumes(
+        ArrayLabels(prediction, chunks_a), ArrayLabels(truth, chunks_b), foreground=2, block_voxels=block_voxels
+    )
+    assert scores.confusion == confusion(prediction, truth, foreground=2)
+    assert scores.per_slice == tuple(slice_confusions(prediction, truth, foreground=2))
+    assert scores.foreground == 2
+
+
+@given(st.tuples(*[st.integers(0, 9)] * 3), CHUNKS, CHUNKS, st.integers(1, 400))
+def test_memory_is_bounded(shape, chunks_a, chunks_b, block_voxels):
+    prediction, truth = ArrayLabels(np.zeros(shape, bool), chunks_a), ArrayLabels(np.zeros(shape, bool), chunks_b)
+    evaluate_volumes(prediction, truth, block_voxels=block_voxels)
+    assert prediction.boxes == truth.boxes
+    assert all(box.n_voxels <= block_voxels for box in prediction.boxes)
+
+
+@pytest.mark.parametrize(
+    ("block_voxels", "first"),
+    [
+        (10_000, (8, 16, 16)),
+        (1_999, (4, 16, 16)),
+        (1_023, (4, 8, 16)),
+        (511, (4, 8, 8)),
+        (255, (3, 8, 8)),
+        (63, (1, 7, 8)),
+        (5, (1, 1, 5)),
+    ],
+    ids=["all", "slab", "rows", "chunk", "cut-in-z", "cut-in-y", "cut-in-x"],
+)
+def test_blocks_are_whole_chunks_while_these_fit(block_voxels, first):
+    prediction, truth = ArrayLabels(np.zeros((8, 16, 16), bool), (4, 8, 8)), ArrayLabels(np.zeros((8, 16, 16), bool), (2, 4, 8))
+    evaluate_volumes(prediction, truth, block_voxels=block_voxels)
+    assert prediction.boxes[0].shape == first
+
+
+def test_progress_counts_voxels_up_to_all(rng):
+    calls = []
+    mask = ArrayLabels(rng.random((6, 6, 6)) < 0.5)
+    evaluate_volumes(mask, mask, progress=lambda done, total: calls.append((done, total)), block_voxels=50)
+    assert len(calls) == len(mask.boxes) // 2 > 4
+    assert calls[-1] == (216, 216)
+    assert calls == sorted(calls)
+
+
+def test_volumes_of_different_shape_are_refused_unread():
+    prediction, truth = ArrayLabels(np.zeros((2, 4, 4), bool)), ArrayLabels(np.zeros((2, 4, 5), bool))
+    with pytest.raises(VolumeError, match=r"prediction has shape \(2, 4, 4\) and truth \(2, 4, 5\).*same region"):
+        evaluate_volumes(prediction, truth)
+    assert prediction.boxes == truth.boxes == []
+
+
+def test_an_error_says_in_which_block():
+    with pytest.raises(VolumeError) as caught:
+        evaluate_volumes(ArrayLabels(np.zeros((2, 4, 4))), ArrayLabels(np.zeros((2, 4, 4), bool)))
+    assert caught.value.__notes__ == ["while comparing prediction and truth at voxels 0:2,0:4,0:4 (z,y,x)"]
+
+
+def test_scores_as_a_dictionary():
+    prediction = np.array([[[1, 1, 0, 0]], [[0, 0, 0, 0]]], np.uint8)
+    truth = np.array([[[1, 0, 1, 1]], [[0, 0, 0, 0]]], np.uint8)
+    assert evaluate_volumes(ArrayLabels(prediction), ArrayLabels(truth)).to_dict() == {
+        "iou": 0.25,
+        "dice": 0.4,
+        "precision": 0.5,
+        "recall": 1 / 3,
+        "per_slice_iou": [0.25, 1.0],
+        "n_voxels": 8,
+        "foreground_fraction_prediction": 0.25,
+        "foreground_fraction_truth": 0.375,
+    }
+
+
+def test_a_volume_without_voxels_has_scores():
+    empty = ArrayLabels(np.zeros((0, 4, 4), bool))
+    found = evaluate_volumes(empty, empty).to_dict()
+    assert (found["iou"], found["n_voxels"], found["foreground_fraction_truth"]) == (1, 0, 0)
+
+
+# Agreement
+
+
+def test_agreement_is_the_share_of_equal_voxels():
+    assert agreement(np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])) == 0.75
+    assert agreement(np.zeros((0, 3), bool), np.zeros((0, 3), bool)) == 1
+
+
+# Thresholds
+
+
+GRID = [k / 256 for k in range(257)]
+
+
+def probabilities(rng, shape):
+    """Float32, many of them exactly on a threshold or one step beside it."""
+    p = rng.random(shape, np.float32)
+    on_grid = np.round(p * 256).astype(np.float32) / np.float32(256)
+    beside = np.nextafter(on_grid, rng.choice(np.array([0, 1], np.float32), shape))
+    return np.choose(rng.integers(0, 3, shape), [p, on_grid, beside]).astype(np.float32)
+
+
+def test_every_threshold_counts_exactly_its_mask(rng):
+    p, truth = probabilities(rng, (3, 50, 40)), rng.random((3, 50, 40)) < 0.4
+    histogram = ProbabilityHistogram()
+    histogram.add(p, truth)
+    for threshold in GRID:
+        assert histogram.confusion_at(threshold) == confusion(p >= threshold, truth), threshold
+    assert histogram.iou_at([0.25, 0.5]) == (confusion(p >= 0.25, truth).iou, confusion(p >= 0.5, truth).iou)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_thresholds_are_exact_in_every_float(rng, dtype):
+    p, truth = probabilities(rng, (40, 50)).astype(dtype), rng.random((40, 50)) < 0.4
+    histogram = ProbabilityHistogram()
+    histogram.add(p, truth)
+    assert histogram.iou_at(GRID) == tuple(confusion(p >= dtype(t), truth).iou for t in GRID)
+
+
+def test_pieces_and_calls_add_up(rng, monkeypatch):
+    p, truth = probabilities(rng, (4, 30, 30)), rng.integers(0, 3, (4, 30, 30))
+    whole = [ProbabilityHistogram(foreground=2), CrossEntropy(foreground=2)]
+    for measure in whole:
+        measure.add(p, truth)
+    monkeypatch.setattr(metrics, "PIECE_VOXELS", 7)
+    parts = [ProbabilityHistogram(foreground=2), CrossEntropy(foreground=2)]
+    for measure in parts:
+        measure.add(p[:1], truth[:1])
+        measure.add(np.asfortranarray(p[1:]), np.asfortranarray(truth[1:]))
+    assert parts[0].iou_at(GRID) == whole[0].iou_at(GRID) == tuple(confusion(p >= t, truth, 2).iou for t in GRID)
+    assert parts[1].mean() == pytest.approx(whole[1].mean(), rel=1e-12)
+
+
+def test_best_threshold_is_the_best_of_all_masks(rng):
+    truth = rng.random((60, 60)) < 0.3
+    p = np.clip(0.35 + 0.2 * truth + 0.1 * rng.standard_normal(truth.shape), 0, 1).astype(np.float32)
+    histogram = ProbabilityHistogram()
+    histogram.add(p, truth)
+    threshold, iou = histogram.best_threshold()
+    assert 0.35 < threshold < 0.55
+    assert iou == confusion(p >= threshold, truth).iou == max(confusion(p >= t, truth).iou for t in GRID[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("p", "truth", "best"),
+    [
+        ([0.125, 0.875], [0, 1], 0.5),  # all of (0.125, 0.875] are perfect
+        ([0.625, 0.875], [0, 1], 161 / 256),  # (0.625, 0.875]
+        ([0.125, 0.25], [0, 1], 0.25),
+        ([1.0, 0.0], [1, 1], 0.5),  # every threshold but 0, which would be better, and which no card takes
+        ([0.1, 0.2], [0, 0], 0.5),  # both empty at 0.5
+        ([127 / 256, 128 / 256, 130 / 256], [1, 0, 1], 127 / 256),  # 127: 2/3; 128: 1/3; 129, 130: 1/2
+    ],
+    ids=["plateau", "above", "below", "not-0", "empty-truth", "maximum"],
+)
+def test_best_of_equal_thresholds_is_the_closest_to_half(p, truth, best):
+    histogram = ProbabilityHistogram()
+    histogram.add(np.array(p, np.float32), np.array(truth))
+    assert histogram.best_threshold()[0] == best
+
+
+def test_lower_of_two_equally_close_thresholds():
+    # One step below 0.5 and one above it are equally good (2 of 4, 1 of 2), 0.5 itself is worse (1 of 3).
+    p = np.array([127, 127 + 0.5, 128, 129], np.float32) / np.float32(256)
+    histogram = ProbabilityHistogram()
+    histogram.add(p, np.array([1, 0, 0, 1]))
+    assert [Fraction(iou).limit_denominator(9) for iou in histogram.iou_at([127 / 256, 128 / 256, 129 / 256])] == [
+        Fraction(1, 2),
+        Fraction(1, 3),
+        Fraction(1, 2),
+    ]
+    assert histogram.best_threshold() == (127 / 256, 0.5)
+
+
+@pytest.mark.parametrize("threshold", [0.3, -1 / 256, 257 / 256, math.nan, math.inf])
+def test_thresholds_off_the_grid_are_refused(threshold):
+    with pytest.raises(ConfigError, match=rf"threshold {threshold} is not a multiple of 1/256 in 0..1; choose one that is"):
+        ProbabilityHistogram().iou_at([0.5, threshold])
+
+
+def test_no_voxels_give_no_threshold_and_no_cross_entropy():
+    with pytest.raises(ConfigError, match=r"no voxels were added, so no threshold .*; give validation data"):
+        ProbabilityHistogram().best_threshold()
+    with pytest.raises(ConfigError, match="no voxels were added, so there is no cross entropy; give data"):
+        CrossEntropy().mean()
+
+
+@pytest.mark.parametrize("measure", [ProbabilityHistogram, CrossEntropy])
+@pytest.mark.parametrize(
+    ("p", "error", "says"),
+    [
+        (np.array([0.5, np.nan], np.float32), EngineError, "from nan to nan, not within 0..1; pass foreground probabilities"),
+        (np.array([0.5, 1.5], np.float32), EngineError, "from 0.5 to 1.5, not within 0..1;.*not logits"),
+        (np.array([-2, 0.5], np.float32), EngineError, "from -2 to 0.5, not within 0..1;.*check the model for NaN"),
+        (np.array([0, 255], np.uint8), VolumeError, "dtype uint8, not floating point.*pass the engine's float32 output"),
+        (np.zeros((1, 2), np.float32), VolumeError, r"probability has shape \(1, 2\) and truth \(2,\)"),
+    ],
+    ids=["nan", "above", "below", "stored", "shape"],
+)
+def test_what_is_no_probability_is_refused(measure, p, error, says):
+    added = measure()
+    with pytest.raises(error, match=says):
+        added.add(p, np.array([0, 1]))
+
+
+@pytest.mark.parametrize("measure", [ProbabilityHistogram, CrossEntropy])
+def test_truth_of_probabilities_is_refused(measure):
+    with pytest.raises(VolumeError, match="labels have dtype float64"):
+        measure().add(np.array([0.5], np.float32), np.array([0.5]))
+
+
+# Cross entropy
+
+
+def test_cross_entropy_is_the_mean_log_of_the_truth(rng):
+    p, truth = rng.random((3, 20, 20), np.float32), rng.random((3, 20, 20)) < 0.5
+    of_truth = [float(q) if t else 1 - float(q) for q, t in zip(p.ravel(), truth.ravel(), strict=True)]
+    measure = CrossEntropy()
+    measure.add(p, truth)
+    assert measure.mean() == pytest.approx(-math.fsum(map(math.log, of_truth)) / p.size, rel=1e-12)
+
+
+def test_cross_entropy_of_saturated_voxels_is_finite():
+    measure = CrossEntropy()
+    measure.add(np.array([0, 1, 0, 1], np.float32), np.array([1, 0, 0, 1]))
+    assert measure.mean() == pytest.approx(-(math.log(1e-7) + math.log1p(-1e-7)) / 2, rel=1e-9)
