@@ -50,4 +50,5 @@ def slice_probability(
     with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         logits = network(tensor)
     foreground = logits.float().softmax(dim=1)[0, 1, margin : margin + height, margin : margin + width]
-    return foreground.cpu().numpy()
+    probability: npt.NDArray[np.float32] = foreground.cpu().numpy()
+    return probability

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from kdunet_infer.errors import TrainingError
 try:
     from lightning_fabric import Fabric
 except ModuleNotFoundError:  # some machines have the umbrella package only; the class is the same
-    from lightning.fabric import Fabric
+    from lightning.fabric import Fabric  # type: ignore[no-redef]
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "config.toml"
@@ -92,7 +92,7 @@ def fit(
     """
     _prepare(config, out)
     train, validation = load_annotated(config.data)
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.optim.precision)
+    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=cast(Any, config.optim.precision))
     fabric.launch()
     run = _Run(config, out, fabric, train)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -134,10 +134,10 @@ class _Run:
     def __init__(self, config: RunConfig, out: Path, fabric: Any, train: Annotated) -> None:
         self.config, self.out, self.fabric = config, out, fabric
         fabric.seed_everything(config.seed, verbose=False)
-        self.student = UNet(config.width, intensity=train.intensity).to(memory_format=torch.channels_last)
+        self.student = _channels_last(UNet(config.width, intensity=train.intensity))
         optimizer = torch.optim.AdamW(self.student.parameters(), weight_decay=config.optim.weight_decay)
         self.network, self.optimizer = fabric.setup(self.student, optimizer)
-        average = get_ema_multi_avg_fn(config.optim.ema_decay)
+        average = get_ema_multi_avg_fn(config.optim.ema_decay)  # type: ignore[no-untyped-call]
         self.averaged = AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
         self.teacher = self._load_teacher()
         self.class_weights = losses.class_weights(config.loss.class_weights, train.foreground_fraction)
@@ -157,7 +157,7 @@ class _Run:
             self.network(images), self._teach(images), labels, config=self.config.loss, class_weights=self.class_weights
         )
         loss = sum(terms.values(), start=torch.zeros((), device=labels.device))
-        self._refuse_not_finite("loss", float(loss))
+        self._refuse_not_finite("loss", loss.item())
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         norm = self.fabric.clip_gradients(
@@ -167,11 +167,11 @@ class _Run:
         self.optimizer.step()
         self.averaged.update_parameters(self.student)
         self.step += 1
-        return {"loss": float(loss), **{name: float(value) for name, value in terms.items()}, "gradient_norm": float(norm)}
+        return {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}, "gradient_norm": float(norm)}
 
     def validate_and_keep_best(self, slab: Annotated) -> Validation:
         """Validate the averaged network and save it if it is the best so far."""
-        network: UNet = self.averaged.module.eval()
+        network = cast(UNet, self.averaged.module.eval())
         autocast = torch.bfloat16 if self.config.optim.precision == "bf16-mixed" else None
         self.last = validate(network, slab, device=self.fabric.device, autocast=autocast)
         if self.best is None or self.last.iou > self.best.iou:
@@ -203,8 +203,8 @@ class _Run:
                 )
             return None
         teacher, _ = load_network(Path(self.config.teacher))
-        teacher = teacher.requires_grad_(False).to(self.fabric.device, memory_format=torch.channels_last)
-        return teacher
+        teacher.requires_grad_(False).to(self.fabric.device)
+        return _channels_last(teacher)
 
     def _teach(self, images: Tensor) -> Tensor | None:
         if self.teacher is None:
@@ -220,6 +220,10 @@ class _Run:
                 f"the {name} is {value} at step {self.step}; {kept}. Lower optim.learning_rate "
                 f"(now {self.config.optim.learning_rate:g}) and train into another folder."
             )
+
+
+def _channels_last(network: UNet) -> UNet:
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # missing in the stubs
 
 
 def loss_terms(
@@ -262,7 +266,7 @@ class Metrics:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board: Any = SummaryWriter(path.parent / "tensorboard", purge_step=from_step)  # type: ignore[no-untyped-call]
+            self._board: Any = SummaryWriter(path.parent / "tensorboard", purge_step=from_step)
         except ModuleNotFoundError:
             self._board = None
 

@@ -51,8 +51,9 @@ CELL_REACH = 150
 MARGIN = 4.0  # organelles keep this far from their cell's face, which the membrane fills
 
 CYTOPLASM = (152.0, 48.0)  # lightest is the sum: cells differ
-GRAIN = (6, 24.0, 0.4, 70.0)  # lattice pitch and grey levels of the cytoplasm's grain; beyond 0.3 sigma, dark specks: ribosomes
-MOTTLE = (15, 18.0)  # the same, coarser; also folds the cristae
+# Cytoplasm's grain: lattice pitch, grey levels; specks (ribosomes) where it exceeds 0.4, and their levels
+GRAIN = (6, 24.0, 0.4, 70.0)
+MOTTLE = (15, 18.0)  # lattice pitch, grey levels: the same, coarser; also folds the cristae
 MEMBRANE = 58.0  # grey level of stained membrane
 
 SHOT_NOISE = (4.0, 0.6)  # standard deviation in grey levels: constant, and per square root of grey level
@@ -284,7 +285,8 @@ def _face_distance(excess: Float32Array, winner: IntArray, sites: Float32Array, 
         np.minimum(second, np.maximum(first, row), out=second)
         np.minimum(first, row, out=first)
     corner = np.maximum(1 - (second - first) / np.float32(ROUNDING), 0)
-    return np.minimum(first - corner * corner * np.float32(ROUNDING / 4), np.float32(REACH))
+    result: Float32Array = np.minimum(first - corner * corner * np.float32(ROUNDING / 4), np.float32(REACH))
+    return result
 
 
 # ---- the scene: everything known of a box before organelles ---------------------------------------------------------

@@ -1,5 +1,7 @@
 """Counts against numpy and scipy at once; streamed against at once; thresholds against the masks themselves."""
 
+from __future__ import annotations
+
 import math
 from fractions import Fraction
 
@@ -53,12 +55,12 @@ def brute_confusion(prediction, truth):
 
 
 @given(MASKS, st.randoms(use_true_random=False))
-def test_confusion_counts_every_voxel(prediction, random):
+def test_confusion_counts_every_voxel(prediction, random) -> None:
     truth = np.array([random.random() < 0.5 for _ in range(prediction.size)]).reshape(prediction.shape)
     assert confusion(prediction, truth) == brute_confusion(prediction, truth)
 
 
-def test_scores_equal_scipy(rng):
+def test_scores_equal_scipy(rng: np.random.Generator) -> None:
     truth = rng.random((5, 40, 30)) < 0.3
     prediction = truth ^ (rng.random(truth.shape) < 0.1)
     counts = confusion(prediction, truth)
@@ -81,45 +83,45 @@ def test_scores_equal_scipy(rng):
     ],
     ids=["no-voxels", "both-empty", "truth-empty", "prediction-empty", "disjoint", "perfect", "mixed"],
 )
-def test_scores_where_something_is_empty(counts, scores):
+def test_scores_where_something_is_empty(counts, scores) -> None:
     assert (counts.iou, counts.dice, counts.precision, counts.recall) == scores
 
 
-def test_confusion_adds_up_without_overflow():
+def test_confusion_adds_up_without_overflow() -> None:
     huge = Confusion(2**62, 2**62, 0, 2**62)
     total = sum([huge] * 4, Confusion(1, 2, 3, 4))
     assert total == Confusion(2**64 + 1, 2**64 + 2, 3, 2**64 + 4)
     assert total.n_voxels == 3 * 2**64 + 10
 
 
-def test_confusion_holds_python_integers(rng):
+def test_confusion_holds_python_integers(rng: np.random.Generator) -> None:
     counts = confusion(rng.random((4, 5)) < 0.5, rng.random((4, 5)) < 0.5)
     assert {type(n) for n in (counts.tp, counts.fp, counts.fn, counts.tn)} == {int}
 
 
-def test_any_value_but_zero_is_foreground():
+def test_any_value_but_zero_is_foreground() -> None:
     assert confusion(np.array([0, 1, 255, 7], np.uint8), np.array([0, -4, 0, 9], np.int64)) == Confusion(2, 1, 0, 1)
 
 
-def test_foreground_picks_one_value_of_the_truth_only():
+def test_foreground_picks_one_value_of_the_truth_only() -> None:
     prediction, truth = np.array([1, 1, 0, 5], np.uint8), np.array([5, 2, 5, 0], np.uint8)
     assert confusion(prediction, truth, foreground=5) == Confusion(1, 2, 1, 0)
     assert confusion(prediction, truth, foreground=300) == Confusion(0, 3, 0, 1)  # beyond uint8: nowhere
 
 
 @given(MASKS)
-def test_slices_are_counted_one_by_one(prediction):
+def test_slices_are_counted_one_by_one(prediction) -> None:
     truth = np.roll(prediction, 1)
     assert slice_confusions(prediction, truth) == [brute_confusion(p, t) for p, t in zip(prediction, truth, strict=True)]
 
 
-def test_slices_take_foreground():
+def test_slices_take_foreground() -> None:
     truth = np.array([[[2]], [[3]]])
     assert slice_confusions(np.ones_like(truth), truth, 3) == [Confusion(fp=1), Confusion(tp=1)]
 
 
 @pytest.mark.parametrize("count", [confusion, slice_confusions, agreement])
-def test_arrays_of_different_shape_are_refused(count):
+def test_arrays_of_different_shape_are_refused(count) -> None:
     with pytest.raises(
         VolumeError, match=r"shape \(2, 3, 4\) and .* \(1, 3, 4\), so .* do not correspond; compare the same region"
     ):
@@ -128,7 +130,7 @@ def test_arrays_of_different_shape_are_refused(count):
 
 @pytest.mark.parametrize("count", [confusion, agreement])
 @pytest.mark.parametrize("float_first", [True, False])
-def test_probabilities_are_no_labels(count, float_first):
+def test_probabilities_are_no_labels(count, float_first) -> None:
     arrays = [np.ones(3, np.float32), np.ones(3, np.uint8)]
     with pytest.raises(VolumeError, match=r"dtype float32, but only integers and booleans .*; threshold probabilities first"):
         count(*(arrays if float_first else reversed(arrays)))
@@ -138,7 +140,7 @@ def test_probabilities_are_no_labels(count, float_first):
 
 
 @given(MASKS, CHUNKS, CHUNKS, st.integers(1, 400), st.randoms(use_true_random=False))
-def test_streamed_equals_at_once(prediction, chunks_a, chunks_b, block_voxels, random):
+def test_streamed_equals_at_once(prediction, chunks_a, chunks_b, block_voxels, random) -> None:
     truth = np.array([random.randrange(3) for _ in range(prediction.size)], np.uint8).reshape(prediction.shape)
     scores = evaluate_volumes(
         ArrayLabels(prediction, chunks_a), ArrayLabels(truth, chunks_b), foreground=2, block_voxels=block_voxels
@@ -149,7 +151,7 @@ def test_streamed_equals_at_once(prediction, chunks_a, chunks_b, block_voxels, r
 
 
 @given(st.tuples(*[st.integers(0, 9)] * 3), CHUNKS, CHUNKS, st.integers(1, 400))
-def test_memory_is_bounded(shape, chunks_a, chunks_b, block_voxels):
+def test_memory_is_bounded(shape, chunks_a, chunks_b, block_voxels) -> None:
     prediction, truth = ArrayLabels(np.zeros(shape, bool), chunks_a), ArrayLabels(np.zeros(shape, bool), chunks_b)
     evaluate_volumes(prediction, truth, block_voxels=block_voxels)
     assert prediction.boxes == truth.boxes
@@ -169,13 +171,13 @@ def test_memory_is_bounded(shape, chunks_a, chunks_b, block_voxels):
     ],
     ids=["all", "slab", "rows", "chunk", "cut-in-z", "cut-in-y", "cut-in-x"],
 )
-def test_blocks_are_whole_chunks_while_these_fit(block_voxels, first):
+def test_blocks_are_whole_chunks_while_these_fit(block_voxels, first) -> None:
     prediction, truth = ArrayLabels(np.zeros((8, 16, 16), bool), (4, 8, 8)), ArrayLabels(np.zeros((8, 16, 16), bool), (2, 4, 8))
     evaluate_volumes(prediction, truth, block_voxels=block_voxels)
     assert prediction.boxes[0].shape == first
 
 
-def test_progress_counts_voxels_up_to_all(rng):
+def test_progress_counts_voxels_up_to_all(rng: np.random.Generator) -> None:
     calls = []
     mask = ArrayLabels(rng.random((6, 6, 6)) < 0.5)
     evaluate_volumes(mask, mask, progress=lambda done, total: calls.append((done, total)), block_voxels=50)
@@ -184,20 +186,20 @@ def test_progress_counts_voxels_up_to_all(rng):
     assert calls == sorted(calls)
 
 
-def test_volumes_of_different_shape_are_refused_unread():
+def test_volumes_of_different_shape_are_refused_unread() -> None:
     prediction, truth = ArrayLabels(np.zeros((2, 4, 4), bool)), ArrayLabels(np.zeros((2, 4, 5), bool))
     with pytest.raises(VolumeError, match=r"prediction has shape \(2, 4, 4\) and truth \(2, 4, 5\).*same region"):
         evaluate_volumes(prediction, truth)
     assert prediction.boxes == truth.boxes == []
 
 
-def test_an_error_says_in_which_block():
+def test_an_error_says_in_which_block() -> None:
     with pytest.raises(VolumeError) as caught:
         evaluate_volumes(ArrayLabels(np.zeros((2, 4, 4))), ArrayLabels(np.zeros((2, 4, 4), bool)))
     assert caught.value.__notes__ == ["while comparing prediction and truth at voxels 0:2,0:4,0:4 (z,y,x)"]
 
 
-def test_scores_as_a_dictionary():
+def test_scores_as_a_dictionary() -> None:
     prediction = np.array([[[1, 1, 0, 0]], [[0, 0, 0, 0]]], np.uint8)
     truth = np.array([[[1, 0, 1, 1]], [[0, 0, 0, 0]]], np.uint8)
     assert evaluate_volumes(ArrayLabels(prediction), ArrayLabels(truth)).to_dict() == {
@@ -212,7 +214,7 @@ def test_scores_as_a_dictionary():
     }
 
 
-def test_a_volume_without_voxels_has_scores():
+def test_a_volume_without_voxels_has_scores() -> None:
     empty = ArrayLabels(np.zeros((0, 4, 4), bool))
     found = evaluate_volumes(empty, empty).to_dict()
     assert (found["iou"], found["n_voxels"], found["foreground_fraction_truth"]) == (1, 0, 0)
@@ -221,7 +223,7 @@ def test_a_volume_without_voxels_has_scores():
 # Agreement
 
 
-def test_agreement_is_the_share_of_equal_voxels():
+def test_agreement_is_the_share_of_equal_voxels() -> None:
     assert agreement(np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0])) == 0.75
     assert agreement(np.zeros((0, 3), bool), np.zeros((0, 3), bool)) == 1
 
@@ -240,7 +242,7 @@ def probabilities(rng, shape):
     return np.choose(rng.integers(0, 3, shape), [p, on_grid, beside]).astype(np.float32)
 
 
-def test_every_threshold_counts_exactly_its_mask(rng):
+def test_every_threshold_counts_exactly_its_mask(rng: np.random.Generator) -> None:
     p, truth = probabilities(rng, (3, 50, 40)), rng.random((3, 50, 40)) < 0.4
     histogram = ProbabilityHistogram()
     histogram.add(p, truth)
@@ -250,14 +252,14 @@ def test_every_threshold_counts_exactly_its_mask(rng):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
-def test_thresholds_are_exact_in_every_float(rng, dtype):
+def test_thresholds_are_exact_in_every_float(rng: np.random.Generator, dtype) -> None:
     p, truth = probabilities(rng, (40, 50)).astype(dtype), rng.random((40, 50)) < 0.4
     histogram = ProbabilityHistogram()
     histogram.add(p, truth)
     assert histogram.iou_at(GRID) == tuple(confusion(p >= dtype(t), truth).iou for t in GRID)
 
 
-def test_pieces_and_calls_add_up(rng, monkeypatch):
+def test_pieces_and_calls_add_up(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     p, truth = probabilities(rng, (4, 30, 30)), rng.integers(0, 3, (4, 30, 30))
     whole = [ProbabilityHistogram(foreground=2), CrossEntropy(foreground=2)]
     for measure in whole:
@@ -271,7 +273,7 @@ def test_pieces_and_calls_add_up(rng, monkeypatch):
     assert parts[1].mean() == pytest.approx(whole[1].mean(), rel=1e-12)
 
 
-def test_best_threshold_is_the_best_of_all_masks(rng):
+def test_best_threshold_is_the_best_of_all_masks(rng: np.random.Generator) -> None:
     truth = rng.random((60, 60)) < 0.3
     p = np.clip(0.35 + 0.2 * truth + 0.1 * rng.standard_normal(truth.shape), 0, 1).astype(np.float32)
     histogram = ProbabilityHistogram()
@@ -293,13 +295,13 @@ def test_best_threshold_is_the_best_of_all_masks(rng):
     ],
     ids=["plateau", "above", "below", "not-0", "empty-truth", "maximum"],
 )
-def test_best_of_equal_thresholds_is_the_closest_to_half(p, truth, best):
+def test_best_of_equal_thresholds_is_the_closest_to_half(p, truth, best) -> None:
     histogram = ProbabilityHistogram()
     histogram.add(np.array(p, np.float32), np.array(truth))
     assert histogram.best_threshold()[0] == best
 
 
-def test_lower_of_two_equally_close_thresholds():
+def test_lower_of_two_equally_close_thresholds() -> None:
     # One step below 0.5 and one above it are equally good (2 of 4, 1 of 2), 0.5 itself is worse (1 of 3).
     p = np.array([127, 127 + 0.5, 128, 129], np.float32) / np.float32(256)
     histogram = ProbabilityHistogram()
@@ -313,12 +315,12 @@ def test_lower_of_two_equally_close_thresholds():
 
 
 @pytest.mark.parametrize("threshold", [0.3, -1 / 256, 257 / 256, math.nan, math.inf])
-def test_thresholds_off_the_grid_are_refused(threshold):
+def test_thresholds_off_the_grid_are_refused(threshold) -> None:
     with pytest.raises(ConfigError, match=rf"threshold {threshold} is not a multiple of 1/256 in 0..1; choose one that is"):
         ProbabilityHistogram().iou_at([0.5, threshold])
 
 
-def test_no_voxels_give_no_threshold_and_no_cross_entropy():
+def test_no_voxels_give_no_threshold_and_no_cross_entropy() -> None:
     with pytest.raises(ConfigError, match=r"no voxels were added, so no threshold .*; give validation data"):
         ProbabilityHistogram().best_threshold()
     with pytest.raises(ConfigError, match="no voxels were added, so there is no cross entropy; give data"):
@@ -337,14 +339,14 @@ def test_no_voxels_give_no_threshold_and_no_cross_entropy():
     ],
     ids=["nan", "above", "below", "stored", "shape"],
 )
-def test_what_is_no_probability_is_refused(measure, p, error, says):
+def test_what_is_no_probability_is_refused(measure, p, error, says) -> None:
     added = measure()
     with pytest.raises(error, match=says):
         added.add(p, np.array([0, 1]))
 
 
 @pytest.mark.parametrize("measure", [ProbabilityHistogram, CrossEntropy])
-def test_truth_of_probabilities_is_refused(measure):
+def test_truth_of_probabilities_is_refused(measure) -> None:
     with pytest.raises(VolumeError, match="labels have dtype float64"):
         measure().add(np.array([0.5], np.float32), np.array([0.5]))
 
@@ -352,7 +354,7 @@ def test_truth_of_probabilities_is_refused(measure):
 # Cross entropy
 
 
-def test_cross_entropy_is_the_mean_log_of_the_truth(rng):
+def test_cross_entropy_is_the_mean_log_of_the_truth(rng: np.random.Generator) -> None:
     p, truth = rng.random((3, 20, 20), np.float32), rng.random((3, 20, 20)) < 0.5
     of_truth = [float(q) if t else 1 - float(q) for q, t in zip(p.ravel(), truth.ravel(), strict=True)]
     measure = CrossEntropy()
@@ -360,7 +362,7 @@ def test_cross_entropy_is_the_mean_log_of_the_truth(rng):
     assert measure.mean() == pytest.approx(-math.fsum(map(math.log, of_truth)) / p.size, rel=1e-12)
 
 
-def test_cross_entropy_of_saturated_voxels_is_finite():
+def test_cross_entropy_of_saturated_voxels_is_finite() -> None:
     measure = CrossEntropy()
     measure.add(np.array([0, 1, 0, 1], np.float32), np.array([1, 0, 0, 1]))
     assert measure.mean() == pytest.approx(-(math.log(1e-7) + math.log1p(-1e-7)) / 2, rel=1e-9)

@@ -74,6 +74,18 @@ def auto_engine(model: Model, **options: Any) -> tuple[Engine, str]:
     raise EngineUnavailable("No engine works here. " + " ".join(refusals or [f"None takes the options {options}."]))
 
 
+def missing(name: str) -> str:
+    """What keeps an engine of the table from starting here, with the remedy; empty where its runtime is installed.
+
+    Raises EngineError for a name that is not in the table.
+    """
+    try:
+        _engine_class(name)
+    except EngineUnavailable as exc:
+        return str(exc)
+    return ""
+
+
 def check_tiles(tiles: np.ndarray[Any, Any], stride_zyx: ZYX) -> None:
     """Raise EngineInputError unless `tiles` are (n, y, x) uint8, y and x positive multiples of the stride."""
     if tiles.dtype != np.uint8:

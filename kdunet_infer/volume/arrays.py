@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -82,9 +84,8 @@ def open_node(path: Path) -> zarr.Array[Any] | zarr.Group:
 
     Raises VolumeNotFound where nothing is, VolumeError where there is something else or broken metadata.
     """
+    _check_exists(path)
     zarr_format = zarr_format_at(path)
-    if zarr_format is None and not path.exists():
-        raise VolumeNotFound(f"there is nothing at {path}; check the path.")
     if zarr_format is None:
         raise VolumeError(f"{path} is neither a Zarr array or group nor a TIFF file ({', '.join(TIFF_SUFFIXES)}); give one.")
     try:
@@ -93,11 +94,18 @@ def open_node(path: Path) -> zarr.Array[Any] | zarr.Group:
         raise VolumeError(f"{path} has Zarr metadata that cannot be read ({_first_line(exc)}); repair or restore it.") from exc
 
 
-def zarr_format_at(path: Path) -> int | None:
+def group_to_write(path: Path) -> zarr.Group:
+    """The Zarr group in the folder `path`, its attributes writable."""
+    # Consolidated metadata is a copy at the time it was made; what counts is the group's own.
+    return zarr.open_group(str(path), mode="r+", zarr_format=zarr_format_at(path), use_consolidated=False)
+
+
+def zarr_format_at(path: Path) -> Literal[2, 3] | None:
     """2 or 3 for a folder with Zarr metadata, None for anything else."""
-    if (path / "zarr.json").is_file():
+    # os.path, not Path: its answer is no where looking is forbidden, instead of a PermissionError.
+    if os.path.isfile(path / "zarr.json"):
         return 3
-    return 2 if any((path / name).is_file() for name in (".zarray", ".zgroup")) else None
+    return 2 if any(os.path.isfile(path / name) for name in (".zarray", ".zgroup")) else None
 
 
 def zarr_voxels(path: Path, array: zarr.Array[Any]) -> Voxels:
@@ -114,22 +122,33 @@ def open_tiff(path: Path) -> Voxels:
 
     Raises VolumeNotFound where nothing is, VolumeError for files that are damaged or hold anything but one grey stack.
     """
-    if not path.exists():
-        raise VolumeNotFound(f"there is nothing at {path}; check the path.")
+    _check_exists(path)
     try:
-        tiff = tifffile.TiffFile(path)
-        if len(tiff.series) > 1:  # tifffile calls each page its own series if it was written by a call of its own
-            tiff.close()
-            tiff = tifffile.TiffFile(path, is_shaped=False)
-        return _tiff_voxels(path, tiff)
+        with tifffile.TiffFile(path) as tiff:
+            # tifffile takes a page that was written by a call of its own for an image of its own, unless told not to.
+            is_shaped = False if len(tiff.series) > 1 else None
+        return _tiff_voxels(path, tifffile.TiffFile(path, is_shaped=is_shaped))
     except VolumeError:
-        tiff.close()
         raise
     except Exception as exc:
         raise VolumeError(f"{path} cannot be read as TIFF ({_first_line(exc)}); copy it again or save it anew.") from exc
 
 
 def _tiff_voxels(path: Path, tiff: tifffile.TiffFile) -> Voxels:
+    """The one stack in an open file, which stays open for as long as its voxels can be read."""
+    with ExitStack() as on_failure:
+        on_failure.callback(tiff.close)
+        series = _only_stack(path, tiff)
+        page = series.keyframe
+        if series.dataoffset is not None:
+            return Voxels(path, tifffile.memmap(path, mode="r"), _last_three(page.shape))
+        # Strips of a few rows would be decoded one by one; a page at a time is faster and small enough.
+        array = zarr.open_array(series.aszarr(chunkmode=None if page.is_tiled else "page"), mode="r")
+        weakref.finalize(array, on_failure.pop_all().close)
+        return Voxels(path, array, _last_three(array.chunks))
+
+
+def _only_stack(path: Path, tiff: tifffile.TiffFile) -> tifffile.TiffPageSeries:
     _check_complete(path, tiff)
     if len(tiff.series) != 1:
         shapes = ", ".join(str(series.shape) for series in tiff.series)
@@ -138,24 +157,22 @@ def _tiff_voxels(path: Path, tiff: tifffile.TiffFile) -> Voxels:
     if not series.axes.endswith("YX"):
         raise VolumeError(f"{path} has the axes {series.axes} {series.shape}, not grey slices; save one channel as a stack.")
     _check_shape(path, series.shape)
-    page = series.keyframe
-    page_shape = _last_three(page.chunks if page.is_tiled else page.shape)
-    if series.dataoffset is not None:
-        tiff.close()
-        return Voxels(path, tifffile.memmap(path, mode="r"), page_shape)
-    # Strips of a few rows would be decoded one by one; a page at a time is faster and small enough.
-    array = zarr.open_array(series.aszarr(chunkmode=None if page.is_tiled else "page"), mode="r")
-    weakref.finalize(array, tiff.close)
-    return Voxels(path, array, _last_three(array.chunks))
+    return series
 
 
 def _check_complete(path: Path, tiff: tifffile.TiffFile) -> None:
     """Refuse a file that was cut short: tifffile then gives the pages it finds, as if there were no more."""
     n_pages = len(tiff.pages)
-    tiff.filehandle.seek(tiff.pages.next_page_offset)
-    link = tiff.filehandle.read(tiff.tiff.offsetsize)
-    if any(link):
-        raise VolumeError(f"{path} breaks off after {n_pages} pages; copy it again or save it anew.")
+    link_at = tiff.pages.next_page_offset
+    assert link_at is not None, "only a page's sub-pages have no link"
+    tiff.filehandle.seek(link_at)
+    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):  # the last page of a whole file links to nothing
+        raise VolumeError(f"{path} breaks off after page {n_pages}; copy it again or save it anew.")
+
+
+def _check_exists(path: Path) -> None:
+    if not os.path.exists(path):
+        raise VolumeNotFound(f"there is nothing at {path}, or it may not be read; check the path.")
 
 
 def _check_shape(path: Path, shape: Sequence[int]) -> None:

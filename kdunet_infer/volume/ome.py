@@ -1,4 +1,4 @@
-"""OME-Zarr 0.4 and 0.5 metadata as frozen values: read from a group's attributes, written back as attributes. Touches no files."""
+"""OME-Zarr 0.4 and 0.5 metadata as frozen values, out of a group's attributes and back into attributes. Touches no files."""
 
 from __future__ import annotations
 
@@ -102,9 +102,12 @@ def parse_multiscale(attributes: Mapping[str, Any], where: Path) -> Multiscale:
         shared = entry.get("coordinateTransformations", [])
         units = (axis.get("unit") for axis in entry["axes"][-3:])
         datasets = (_parse_dataset(dataset, shared, len(axes), where) for dataset in entry["datasets"])
-        return Multiscale(cast("Version", version), len(axes), cast("Units", tuple(units)), tuple(datasets))
+        multiscale = Multiscale(cast("Version", version), len(axes), cast("Units", tuple(units)), tuple(datasets))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
         raise VolumeError(f"{where} has OME-Zarr metadata that breaks the format ({exc!r}); repair its multiscales.") from exc
+    if not multiscale.datasets:
+        raise VolumeError(f"{where} lists no levels; repair its multiscales.")
+    return multiscale
 
 
 def image_attributes(layout: Layout, name: str, content: Content, *, image: str | None) -> dict[str, Any]:

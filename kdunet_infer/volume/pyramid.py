@@ -75,12 +75,16 @@ def build_level(
     for box in Box.of_shape(coarser_shape).split(write_shape):
         block = np.empty(box.shape, dtype=np.uint8)
         for part in box.split(chunk_shape):
-            finer_begin = [int(axis.begin[begin]) for axis, begin in zip(axes, part.begin, strict=True)]
-            finer_end = [int(axis.end[end - 1]) for axis, end in zip(axes, part.end, strict=True)]
             local = [axis.cut(begin, end) for axis, begin, end in zip(axes, part.begin, part.end, strict=True)]
-            voxels = read(Box((*finer_begin,), (*finer_end,)))
-            block[part.slices_in(box)] = pool(voxels, local, pooling)
+            block[part.slices_in(box)] = pool(read(_covered(axes, part)), local, pooling)
         write(box, block)
+
+
+def _covered(axes: Sequence[Windows], part: Box) -> Box:
+    """The finer voxels that make up the coarser voxels of `part`."""
+    z, y, x = (int(axis.begin[begin]) for axis, begin in zip(axes, part.begin, strict=True))
+    z_end, y_end, x_end = (int(axis.end[end - 1]) for axis, end in zip(axes, part.end, strict=True))
+    return Box((z, y, x), (z_end, y_end, x_end))
 
 
 def _sum_windows(voxels: npt.NDArray[np.uint32], window: Windows, axis: int) -> npt.NDArray[np.uint32]:

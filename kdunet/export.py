@@ -1,0 +1,214 @@
+"""A trained network -> ONNX with its card. Parity with PyTorch is proven before the file appears.
+
+Interface: input `image` uint8 (n, 1, y, x), output `foreground` float32 (n, 1, y, x), the probability; everything else is in
+the graph. Batch normalisation is folded into the convolutions, and the two-class softmax into one sigmoid of the difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from kdunet.checkpoint import load_network
+from kdunet.config import DataConfig, RunConfig
+from kdunet.data import load_annotated
+from kdunet.fit import CONFIG_FILE
+from kdunet.unet import DoubleConv, UNet, halo, n_parameters
+from kdunet_infer.card import METADATA_KEY, ModelCard
+from kdunet_infer.engines import create_engine
+from kdunet_infer.errors import TrainingError
+from kdunet_infer.model import INPUT_NAME, OUTPUT_NAME, Model
+
+OPSET = 20
+MAX_DIFFERENCE = 1e-5
+"""Largest difference of a probability between PyTorch and the exported graph: float32 sums of a few hundred terms."""
+N_PARITY_CROPS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export wrote."""
+
+    path: Path
+    card: ModelCard
+    sha256: str
+    max_difference: float
+    """Largest difference of a probability to PyTorch on the parity crops."""
+
+
+class _Student(nn.Module):
+    """The exported graph: image uint8 (n, 1, y, x) -> foreground probability float32 (n, 1, y, x)."""
+
+    def __init__(self, network: UNet) -> None:
+        super().__init__()
+        self.network = folded(network)
+        head = self.network.head
+        difference = nn.Conv2d(head.in_channels, 1, 1)
+        # softmax of (a, b) is sigmoid of b - a: one map instead of two
+        difference.weight = nn.Parameter(head.weight[1:] - head.weight[:1])
+        difference.bias = nn.Parameter((head.bias[1:] - head.bias[:1]) if head.bias is not None else torch.zeros(1))
+        self.network.head = difference
+
+    def forward(self, image: Tensor) -> Tensor:
+        probability: Tensor = torch.sigmoid(self.network(image.float()))
+        return probability
+
+
+def export_run(run: Path, out: Path, *, name: str | None = None, version: str = "1.0") -> Exported:
+    """Export the best network of the training run in `run` as `out`, with a card made from its record.
+
+    Parity is measured on crops of the run's own validation slab. Raises TrainingError where there is no network, where its
+    data cannot be found again, or where the exported graph differs.
+    """
+    network, about = load_network(run)
+    config = RunConfig.from_toml(run / CONFIG_FILE)
+    card = student_card(network, about, config, name=name or out.stem, version=version)
+    return export_network(network, card, out, crops=parity_crops(config.data, network.stride))
+
+
+def export_network(network: UNet, card: ModelCard, out: Path, *, crops: npt.NDArray[np.uint8]) -> Exported:
+    """Write `network` with `card` to `out` (.onnx) once the graph agrees with PyTorch on `crops` (n, y, x) uint8.
+
+    The bytes depend on the weights and the card only. Raises TrainingError where a probability differs by more than
+    MAX_DIFFERENCE; EngineUnavailable without onnxruntime, which does the comparison.
+    """
+    onnx_bytes = onnx_graph(network, card)
+    model = Model.from_bytes(onnx_bytes, out)
+    got = create_engine("onnxruntime", model, device="cpu").infer(crops)
+    with torch.inference_mode():
+        want = network.eval()(torch.from_numpy(crops)[:, None].float()).softmax(dim=1)[:, 1].numpy()
+    difference = float(np.abs(got - want).max())
+    if not difference <= MAX_DIFFERENCE:  # NaN is refused too
+        raise TrainingError(
+            f"the exported graph differs from PyTorch by {difference:.3g} in a probability (limit {MAX_DIFFERENCE:g}), "
+            f"so {out} was not written; report this with the versions of torch and onnxruntime."
+        )
+    _write_bytes(out, onnx_bytes)
+    return Exported(out, card, model.sha256, difference)
+
+
+def onnx_graph(network: UNet, card: ModelCard) -> bytes:
+    """The ONNX file's bytes: the same for the same weights, card and torch version, wherever it runs."""
+    rows, columns = (network.stride * torch.export.Dim(name, min=1) for name in ("rows", "columns"))
+    with warnings.catch_warnings(), _quiet_exporter():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        program = torch.onnx.export(
+            _Student(network).eval(),
+            (torch.zeros((2, 1, 4 * network.stride, 5 * network.stride), dtype=torch.uint8),),
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            opset_version=OPSET,
+            dynamic_shapes={"image": {0: torch.export.Dim("n", min=1), 2: rows, 3: columns}},
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None, "with dynamo=True and no file, the exporter returns the program"
+    onnx_bytes: bytes = _clean(program.model_proto, card).SerializeToString(deterministic=True)
+    return onnx_bytes
+
+
+def folded(network: UNet) -> UNet:
+    """A copy in which each batch normalisation is folded into the convolution before it, computed in float64."""
+    copied = copy.deepcopy(network).eval().double()
+    for block in copied.modules():
+        if isinstance(block, DoubleConv):
+            for index in (0, 3):
+                convolution, normalisation = block[index], block[index + 1]
+                assert isinstance(convolution, nn.Conv2d)
+                assert isinstance(normalisation, nn.BatchNorm2d)
+                block[index] = fuse_conv_bn_eval(convolution, normalisation)
+                block[index + 1] = nn.Identity()
+    return copied.float()
+
+
+def student_card(network: UNet, about: Mapping[str, Any], config: RunConfig, *, name: str, version: str) -> ModelCard:
+    """The card of a trained student: grid and halo from its architecture, threshold from its validation."""
+    margin = halo(network.n_levels)
+    return ModelCard(
+        name=name,
+        version=version,
+        stride_zyx=(1, network.stride, network.stride),
+        halo_zyx=(0, margin, margin),
+        threshold=float(about["validation"]["threshold"]),
+        intensity_mean=float(network.mean),
+        intensity_std=float(network.std),
+        n_parameters=n_parameters(network),
+        architecture=about["architecture"],
+        provenance={
+            "recipe": _recipe(config),
+            "validation": about["validation"],
+            "step": about["step"],
+            "foreground_fraction": about["foreground_fraction"],
+        },
+    )
+
+
+def parity_crops(data: DataConfig, stride: int) -> npt.NDArray[np.uint8]:
+    """Crops (n, y, x) uint8 of the validation slab, spread over it; sizes multiples of the stride."""
+    _, slab = load_annotated(data)
+    n_slices, height, width = slab.images.shape
+    y, x = (min(size, 256) // stride * stride for size in (height, width))
+    if not (y and x):
+        raise TrainingError(f"slices of {height} x {width} pixels are smaller than the network's stride {stride}.")
+    rng = np.random.default_rng(0)
+    limits = (n_slices, height - y + 1, width - x + 1)
+    corners = rng.integers((0, 0, 0), limits, size=(N_PARITY_CROPS, 3))
+    return np.stack([slab.images[z, top : top + y, left : left + x] for z, top, left in corners])
+
+
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON, paths cut to their last part: a released file tells no machine's folders."""
+    table = dataclasses.asdict(config)
+    table["teacher"] = Path(table["teacher"]).name
+    for key in ("images", "labels"):
+        table["data"][key] = Path(table["data"][key]).name
+    return table
+
+
+def _clean(proto: Any, card: ModelCard) -> Any:
+    """Clear what depends on the exporting machine (paths and stack traces of nodes), and add the card."""
+    graph = proto.graph
+    graph.name, graph.doc_string = card.name, ""
+    for part in (proto, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        if hasattr(part, "metadata_props"):
+            del part.metadata_props[:]
+        part.doc_string = ""
+    del graph.value_info[:]  # shapes that onnxruntime infers itself
+    for value in (*graph.input, *graph.output):
+        for index, axis in ((0, "n"), (2, "y"), (3, "x")):
+            value.type.tensor_type.shape.dim[index].dim_param = axis
+    prop = proto.metadata_props.add()
+    prop.key, prop.value = METADATA_KEY, card.to_json()
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter's remarks on operators of torchvision, which no k-Unet has."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_bytes(content)
+    os.replace(beside, path)
