@@ -95,11 +95,13 @@ def distill_command(config_file: Path | None, out: Path, max_minutes: float | No
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
 @click.option("--name", help="Of the model, in its card. [default: the file's stem]")
 @click.option("--version", default="1.0", show_default=True, help="Of the model, in its card.")
-def export_command(run: Path, out: Path, name: str | None, version: str) -> None:
+@click.option("--description", default="", help="What it segments in what images, in its card.")
+@click.option("--voxel-size", "voxel_size_nm", type=float, nargs=3, help="Of the training images: z y x in nm.")
+def export_command(run: Path, out: Path, **about: Any) -> None:
     """Write the network of RUN as ONNX, once it is proven to answer as PyTorch does."""
     from kdunet.export import export_run
 
-    exported = export_run(run, out, name=name, version=version)
+    exported = export_run(run, out, **about)
     click.echo(f"parity with PyTorch on validation crops: max |dp| = {exported.max_difference:.2g}")
     click.echo(
         f"wrote {out} ({out.stat().st_size:,} bytes, sha256 {exported.sha256[:12]}..., threshold {exported.card.threshold})"

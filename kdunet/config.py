@@ -177,8 +177,9 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
 
 
 def _toml_lines(table: Mapping[str, Any]) -> list[str]:
-    # JSON's strings, numbers, booleans and arrays are TOML's too
-    return [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
+    # JSON's values are TOML's too, but for surrogate pairs (so no \\u escapes) and the bare DEL
+    dumped = {key: json.dumps(value, ensure_ascii=False) for key, value in table.items() if value is not None}
+    return [f"{key} = {text}".replace("\x7f", "\\u007f") for key, text in dumped.items()]
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:

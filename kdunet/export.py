@@ -67,7 +67,15 @@ class _Student(nn.Module):
         return probability
 
 
-def export_run(run: Path, out: Path, *, name: str | None = None, version: str = "1.0") -> Exported:
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    version: str = "1.0",
+    description: str = "",
+    voxel_size_nm: tuple[float, float, float] | None = None,
+) -> Exported:
     """Export the best network of the training run in `run` as `out`, with a card made from its record.
 
     Parity is measured on crops of the run's own validation slab. Raises TrainingError where there is no network, where its
@@ -75,7 +83,9 @@ def export_run(run: Path, out: Path, *, name: str | None = None, version: str = 
     """
     network, about = load_network(run)
     config = RunConfig.from_toml(run / CONFIG_FILE)
-    card = student_card(network, about, config, name=name or out.stem, version=version)
+    card = student_card(
+        network, about, config, name=name or out.stem, version=version, description=description, voxel_size_nm=voxel_size_nm
+    )
     return export_network(network, card, out, crops=parity_crops(config.data, network.stride))
 
 
@@ -134,7 +144,16 @@ def folded(network: UNet) -> UNet:
     return copied.float()
 
 
-def student_card(network: UNet, about: Mapping[str, Any], config: RunConfig, *, name: str, version: str) -> ModelCard:
+def student_card(
+    network: UNet,
+    about: Mapping[str, Any],
+    config: RunConfig,
+    *,
+    name: str,
+    version: str,
+    description: str = "",
+    voxel_size_nm: tuple[float, float, float] | None = None,
+) -> ModelCard:
     """The card of a trained student: grid and halo from its architecture, threshold from its validation."""
     margin = halo(network.n_levels)
     return ModelCard(
@@ -147,7 +166,9 @@ def student_card(network: UNet, about: Mapping[str, Any], config: RunConfig, *, 
         intensity_std=float(network.std),
         n_parameters=n_parameters(network),
         architecture=about["architecture"],
+        voxel_size_nm=voxel_size_nm,
         provenance={
+            "description": description,
             "recipe": _recipe(config),
             "validation": about["validation"],
             "step": about["step"],

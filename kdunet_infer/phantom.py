@@ -72,8 +72,6 @@ def phantom_box(box: Box, seed: int) -> tuple[UInt8Array, UInt8Array]:
     Raises GeometryError for a seed outside 0..2**64-1 or coordinates beyond 2**40.
     """
     _check(box, seed)
-    if box.n_voxels == 0:
-        return np.zeros(box.shape, np.uint8), np.zeros(box.shape, np.uint8)
     scene = _Scene.of_box(box.grown((BLUR_REACH,) * 3), seed)
     truth = np.zeros(scene.box.shape, np.uint8)
     for organelle in _organelles(scene):

@@ -42,10 +42,14 @@ VOXELS = noise(SHAPE)
 MASK = (VOXELS > 128).astype(np.uint8)
 
 
-def validated(path: Path) -> Any:
-    """The metadata at `path` and below it in the `labels` it lists, as ome-zarr-models reads them; what is invalid raises."""
+def validated(path: Path) -> list[str]:
+    """Names of the labels listed at `path`, with all metadata read by ome-zarr-models; what is invalid raises."""
     with warnings.catch_warnings(action="error", category=ValidationWarning):
-        return ome_zarr_models.open_ome_zarr(str(path))
+        labels = getattr(ome_zarr_models.open_ome_zarr(str(path)), "labels", None)
+        names = labels.attributes.model_dump().get("ome", labels.attributes.model_dump())["labels"] if labels else []
+        for name in names:  # for 0.4, it does not descend by itself
+            ome_zarr_models.open_ome_zarr(str(path / "labels" / name))
+    return cast("list[str]", names)
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
@@ -124,7 +128,7 @@ def test_a_label_is_valid_listed_and_holds_what_was_written(image: Path) -> None
     validated(image)
     label = finished_label(open_source(image))
     assert label == image / "labels" / "mito"
-    assert validated(image).labels.label_paths == ["mito"]
+    assert validated(image) == ["mito"]
     np.testing.assert_array_equal(pixels(label / "0"), MASK)
     np.testing.assert_array_equal(open_labels(label).read(WHOLE), MASK)
     assert mark_of(label) == {"model": "m", "version": 1, "state": "finished"}

@@ -1,0 +1,248 @@
+"""Both commands as a user types them: what is printed, exit codes, and one sentence for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from click.testing import CliRunner, Result
+from small_models import unet_onnx
+
+import kdunet.cli
+import kdunet_infer.cli
+from kdunet.config import RunConfig
+from kdunet.fit import CONFIG_FILE
+from kdunet_infer.geometry import Box
+from kdunet_infer.model import Model
+from kdunet_infer.testing import noise
+from kdunet_infer.volume import create_volume, open_labels
+
+SHAPE = (5, 48, 64)
+
+
+def infer(*arguments: object) -> Result:
+    return CliRunner().invoke(kdunet_infer.cli.main, [str(argument) for argument in arguments])
+
+
+def train(*arguments: object) -> Result:
+    return CliRunner().invoke(kdunet.cli.main, [str(argument) for argument in arguments])
+
+
+def assert_one_sentence(result: Result, *says: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    for part in says:
+        assert part in result.stderr, result.stderr
+
+
+@pytest.fixture
+def onnx_file(model: Model, tmp_path: Path) -> Path:
+    path = tmp_path / "student.onnx"
+    path.write_bytes(model.onnx_bytes)
+    return path
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    path = tmp_path / "volume.zarr"
+    target = create_volume(path, SHAPE, chunk_shape=(2, 32, 32), voxel_size_nm=(5.0, 5.0, 5.0))
+    target.write_box(Box.of_shape(SHAPE), noise(SHAPE))
+    target.finish({})
+    return path
+
+
+@pytest.fixture
+def truth(tmp_path: Path) -> Path:
+    path = tmp_path / "truth.tif"
+    tifffile.imwrite(path, (noise(SHAPE) > 128).astype(np.uint8) * 255, photometric="minisblack")
+    return path
+
+
+def test_segment_prints_a_summary_and_writes_the_label(volume: Path, onnx_file: Path, truth: Path, model: Model) -> None:
+    result = infer("segment", volume, "--model", onnx_file, "--ground-truth", truth)
+    assert result.exit_code == 0, result.output
+    for part in ("foreground", "Mvox/s", "waiting for reads", "IoU", model.sha256[:12], "halo overhead"):
+        assert part in result.stdout
+    assert open_labels(volume / "labels" / model.card.name).shape == SHAPE
+
+
+def test_segment_json_is_one_object_and_nothing_else(volume: Path, onnx_file: Path, tmp_path: Path, model: Model) -> None:
+    out = tmp_path / "out.zarr"
+    result = infer("segment", volume, "-o", out, "--model", onnx_file, "--tile", "32,32", "--block", "2,32,64", "--json")
+    found = json.loads(result.stdout)
+    assert found["model_sha256"] == model.sha256
+    assert found["output"] == str(out)
+    assert set(found) >= {"n_voxels", "foreground_fraction", "mvoxels_per_second", "waiting_for_read", "computing"}
+
+
+def test_all_background_warns(volume: Path, onnx_file: Path) -> None:
+    result = infer("segment", volume, "--model", onnx_file, "--threshold", "0.999999")
+    assert result.exit_code == 0
+    assert "warning: no voxel of" in result.stderr
+
+
+def test_evaluate_json_has_the_agreed_keys(volume: Path, truth: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "slices.png"
+    result = infer("evaluate", truth, truth, "--json", "--png", picture, "--image", volume)
+    found = json.loads(result.stdout)
+    assert set(found) >= {"iou", "dice", "precision", "recall", "per_slice_iou"}
+    assert found["iou"] == 1.0
+    assert len(found["per_slice_iou"]) == SHAPE[0]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_prints_scores(truth: Path) -> None:
+    result = infer("evaluate", truth, truth, "--foreground", "255")
+    assert "iou        1.0000" in result.stdout
+
+
+def test_info_of_a_volume_and_of_a_model(volume: Path, onnx_file: Path, truth: Path, model: Model) -> None:
+    assert "(5.0, 5.0, 5.0)" in infer("info", volume).stdout
+    assert json.loads(infer("info", onnx_file, "--json").stdout)["sha256"] == model.sha256
+    assert "(5, 48, 64)" in infer("info", truth).stdout
+
+
+def test_models_and_engines_are_listed() -> None:
+    assert "phantom-2unet" in infer("models").stdout
+    assert "30,902 parameters" in infer("models").stdout
+    assert "works here" in infer("engines").stdout
+
+
+def test_phantom_writes_image_and_truth(tmp_path: Path) -> None:
+    result = infer("phantom", tmp_path / "p.zarr", "--shape", "8,64,64", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert open_labels(tmp_path / "p.zarr" / "labels" / "mitochondria").shape == (8, 64, 64)
+
+
+def test_demo_makes_all_it_promises(tmp_path: Path) -> None:
+    result = infer("demo", "-o", tmp_path / "demo", "--shape", "16,128,128")
+    assert result.exit_code == 0, result.output
+    for part in ("IoU", "Mvox/s", "self-test", "overlay.png"):
+        assert part in result.stdout
+    assert (tmp_path / "demo" / "overlay.png").read_bytes().startswith(b"\x89PNG")
+    assert infer("demo", "-o", tmp_path / "demo", "--shape", "16,128,128").exit_code == 0  # again, in the same place
+
+
+@pytest.mark.parametrize("shape", ["8,64", "8,64,0", "8x64x64", "a,b,c"])
+def test_shapes_that_are_none_are_a_usage_error(tmp_path: Path, shape: str) -> None:
+    result = infer("phantom", tmp_path / "p.zarr", "--shape", shape)
+    assert result.exit_code == 2
+    assert "is not 3 positive integers z,y,x" in result.stderr
+
+
+def test_bad_input_of_segment_is_one_sentence(volume: Path, onnx_file: Path, truth: Path, tmp_path: Path, model: Model) -> None:
+    def refused(*arguments: object, says: tuple[str, ...]) -> None:
+        assert_one_sentence(infer("segment", *arguments), *says)
+
+    (tmp_path / "cut.onnx").write_bytes(model.onnx_bytes[:-100])
+    without_card = unet_onnx(levels=1, width=2)
+    del without_card.metadata_props[:]
+    (tmp_path / "plain.onnx").write_bytes(without_card.SerializeToString())
+    (tmp_path / "notes.txt").write_text("no volume")
+    refused(tmp_path / "none.zarr", "--model", onnx_file, says=("there is nothing at", "none.zarr"))
+    refused(tmp_path / "notes.txt", "--model", onnx_file, says=("notes.txt", "neither"))
+    refused(volume, "--model", "mito", says=("no model is called 'mito'", "phantom-2unet"))
+    refused(volume, "--model", onnx_file, "--engine", "warp", says=("no engine is called 'warp'", "onnxruntime"))
+    refused(volume, "--model", tmp_path / "cut.onnx", says=("cut.onnx", "cut short"))
+    refused(volume, "--model", tmp_path / "plain.onnx", says=("plain.onnx", "no model card"))
+    refused(volume, "-o", volume, "--model", onnx_file, says=("overlaps the source",))
+    refused(volume, "-o", volume / "0", "--model", onnx_file, says=("volume.zarr",))
+    refused(truth, "--model", onnx_file, says=("takes no labels", "-o OUT.zarr"))
+    assert not (volume / "labels").exists()
+    assert infer("segment", volume, "--model", onnx_file).exit_code == 0
+    refused(volume, "--model", onnx_file, says=("finished output", "--overwrite"))
+
+
+def test_corrupt_chunk_is_named(volume: Path, onnx_file: Path) -> None:
+    (volume / "0" / "c" / "1" / "0" / "1").write_bytes(b"\x00")
+    assert_one_sentence(infer("segment", volume, "--model", onnx_file), "chunk (1, 0, 1)", "while segmenting block")
+
+
+def test_truth_of_another_shape_is_one_sentence(truth: Path, tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "other.tif", np.ones((5, 48, 48), np.uint8), photometric="minisblack")
+    assert_one_sentence(infer("evaluate", truth, tmp_path / "other.tif"), "(5, 48, 64)", "(5, 48, 48)")
+
+
+def test_the_command_runs_as_a_module_and_leaves_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kdunet_infer", "segment", str(tmp_path / "none.zarr"), "--model", "phantom-2unet"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("stacks")
+    images, labels = folder / "images.tif", folder / "labels.tif"
+    tifffile.imwrite(images, noise((10, 48, 64)), photometric="minisblack")
+    tifffile.imwrite(labels, (noise((10, 48, 64)) < 60).astype(np.uint8), photometric="minisblack")
+    return images, labels
+
+
+def test_train_distil_export_and_segment(stacks: tuple[Path, Path], tmp_path: Path, volume: Path) -> None:
+    """The whole way, as the README tells it."""
+    data = ["--images", stacks[0], "--labels", stacks[1], "--steps", 3, "--crop", 32, "--batch", 2, "--accelerator", "cpu"]
+    result = train("train-teacher", *data, "--width", 2, "--out", tmp_path / "teacher")
+    assert result.exit_code == 0, result.output
+    assert "best on validation: IoU" in result.stdout
+    distil = ["--method", "mixed", "--temperature", 3, "--width", 1, "--out", tmp_path / "student"]
+    result = train("distill", "--teacher", tmp_path / "teacher", *data, *distil)
+    assert result.exit_code == 0, result.output
+    config = RunConfig.from_toml(tmp_path / "student" / CONFIG_FILE)
+    assert (config.width, config.loss.temperature, config.loss.soft_weight, config.optim.steps) == (1, 3.0, 1.0, 3)
+    result = train("export", tmp_path / "student", "-o", tmp_path / "s.onnx", "--voxel-size", 5, 5, 5)
+    assert result.exit_code == 0, result.output
+    assert "max |dp|" in result.stdout
+    card = Model.load(tmp_path / "s.onnx").card
+    assert (card.n_parameters, card.halo_zyx, card.voxel_size_nm) == (7878, (0, 96, 96), (5.0, 5.0, 5.0))
+    assert infer("segment", volume, "--model", tmp_path / "s.onnx").exit_code == 0
+
+
+def test_the_command_line_wins_over_the_file(stacks: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("width = 1\n[optim]\nsteps = 9\n[data]\ncrop = 32\nbatch = 2\nworkers = 0\n")
+    result = train(
+        "distill", "--config", path, "--images", stacks[0], "--labels", stacks[1], "--method", "vanilla", "--steps", 2,
+        "--train-slices", "0:6", "--validation-slices", "8:10", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    config = RunConfig.from_toml(tmp_path / "run" / CONFIG_FILE)
+    assert (config.width, config.optim.steps, config.data.workers, config.data.train_slices) == (1, 2, 0, (0, 6))
+
+
+def test_stopped_by_the_clock_says_how_to_go_on(stacks: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = ["distill", "--method", "vanilla", "--images", stacks[0], "--labels", stacks[1], "--crop", 32, "--steps", 2]
+    result = train(*arguments, "--out", tmp_path / "run", "--max-minutes", 0)
+    assert result.exit_code == 0
+    assert "stopped at step 0 of 2; the same command goes on" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["distill", "--out", "run"], "no images are given"),
+        (["train-teacher", "--out", "run", "--images", "none.tif", "--labels", "none.tif"], "there is no file none.tif"),
+        (["distill", "--config", "none.toml", "--out", "run"], "there is no configuration file none.toml"),
+        (["distill", "--width", "0", "--out", "run"], "width is 0"),
+        (["export", "none", "-o", "x.onnx"], "there is no file none"),
+    ],
+)
+def test_bad_input_of_training_is_one_sentence(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_one_sentence(train(*arguments), says)
+
+
+def test_slices_that_are_none_are_a_usage_error() -> None:
+    result = train("distill", "--out", "run", "--train-slices", "0-135")
+    assert result.exit_code == 2
+    assert "is not begin:end" in result.stderr

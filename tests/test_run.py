@@ -1,0 +1,156 @@
+"""A run from volume to label: the same voxels however it is cut, provenance, timeline, and what breaks off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+import kdunet_infer.run
+from kdunet_infer import __version__
+from kdunet_infer.engines import create_engine
+from kdunet_infer.errors import ConfigError, CorruptChunk, KdunetError, TargetExists
+from kdunet_infer.geometry import Box
+from kdunet_infer.model import Model
+from kdunet_infer.run import SegmentOptions, evaluate, segment
+from kdunet_infer.testing import noise, segment_whole
+from kdunet_infer.volume import create_volume, open_labels, open_source
+
+SHAPE = (7, 61, 83)
+CHUNK = (3, 16, 32)
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    path = tmp_path / "volume.zarr"
+    target = create_volume(path, SHAPE, chunk_shape=CHUNK, voxel_size_nm=(40.0, 5.0, 5.0))
+    target.write_box(Box.of_shape(SHAPE), noise(SHAPE))
+    target.finish({})
+    return path
+
+
+def _median(model: Model) -> float:
+    """A threshold that splits the voxels in two halves."""
+    engine = create_engine("onnxruntime", model, n_threads=1)
+    return float(np.median(segment_whole(noise(SHAPE), engine, model.card)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"block_shape": (3, 16, 32), "batch_size": 1},
+        {"block_shape": (6, 48, 32), "tile_shape": (16, 16), "batch_size": 5},
+        {"n_threads": 1, "tile_shape": (32, 64), "engine": "onnxruntime", "device": "cpu"},
+    ],
+    ids=["defaults", "block-is-chunk", "small-tiles", "named-engine"],
+)
+def test_mask_and_probabilities_are_those_of_the_whole(
+    volume: Path, model: Model, tmp_path: Path, options: dict[str, object]
+) -> None:
+    threshold = _median(model)
+    chosen = SegmentOptions(threshold=threshold, probabilities=tmp_path / "p.zarr", **options)  # type: ignore[arg-type]
+    report = segment(volume, model=model, options=chosen)
+    whole = segment_whole(noise(SHAPE), create_engine("onnxruntime", model, n_threads=1), model.card)
+    box = Box.of_shape(SHAPE)
+    mask = open_labels(report.output).read(box)
+    decided = np.abs(whole - threshold) > 1e-5
+    np.testing.assert_array_equal(mask[decided], (whole >= np.float32(threshold))[decided])
+    assert decided.mean() > 0.99
+    np.testing.assert_allclose(open_source(tmp_path / "p.zarr").read_box(box), 255 * whole, atol=0.51)
+    assert report.n_voxels == box.n_voxels
+    assert report.n_foreground == int(mask.sum())
+
+
+def test_provenance_lies_in_the_attributes(volume: Path, model: Model) -> None:
+    report = segment(volume, model=model, command="kdunet-infer segment volume.zarr")
+    about = zarr.open_group(report.output, mode="r").attrs["kdunet"]
+    assert isinstance(about, dict)
+    assert about["model"] == model.card.name
+    assert about["model_version"] == model.card.version
+    assert about["model_sha256"] == model.sha256
+    assert about["threshold"] == model.card.threshold
+    assert about["kdunet_version"] == __version__
+    assert about["command"] == "kdunet-infer segment volume.zarr"
+    assert report.output == str(volume / "labels" / model.card.name)
+
+
+def test_times_are_shares_of_the_whole(volume: Path, model: Model) -> None:
+    report = segment(volume, model=model)
+    shares = (report.waiting_for_read, report.computing, report.waiting_for_write)
+    assert min(shares) >= 0
+    assert 0 < sum(shares) <= 1
+    assert report.to_dict()["mvoxels_per_second"] == pytest.approx(report.n_voxels / report.seconds / 1e6)
+
+
+def test_progress_counts_every_voxel_once(volume: Path, model: Model) -> None:
+    seen: list[tuple[int, int]] = []
+    segment(volume, model=model, options=SegmentOptions(block_shape=CHUNK), progress=lambda done, of: seen.append((done, of)))
+    n_voxels = Box.of_shape(SHAPE).n_voxels
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (n_voxels, n_voxels)
+
+
+def test_ground_truth_gives_the_iou_that_evaluate_gives(volume: Path, model: Model, tmp_path: Path) -> None:
+    first = segment(volume, tmp_path / "truth.zarr", model, SegmentOptions(threshold=_median(model) + 0.01))
+    report = segment(volume, model=model, options=SegmentOptions(threshold=_median(model)), ground_truth=first.output)
+    assert report.iou == evaluate(report.output, first.output).confusion.iou
+    assert 0 < report.iou < 1
+
+
+def test_a_run_that_breaks_off_does_not_look_finished_and_is_started_over(
+    volume: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_labels(segment(volume, model=model).output).read(Box.of_shape(SHAPE))
+    compute, calls = kdunet_infer.run.compute_block, []
+
+    def fail_at_the_third(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError
+        return compute(*args, **kwargs)  # type: ignore[arg-type]
+
+    options = SegmentOptions(block_shape=CHUNK, overwrite=True)
+    monkeypatch.setattr(kdunet_infer.run, "compute_block", fail_at_the_third)
+    with pytest.raises(MemoryError):
+        segment(volume, model=model, options=options)
+    monkeypatch.undo()
+    label = volume / "labels" / model.card.name
+    with pytest.raises(KdunetError, match="was not finished"):
+        open_labels(label)
+    report = segment(volume, model=model)  # no --overwrite needed for what was never finished
+    np.testing.assert_array_equal(open_labels(report.output).read(Box.of_shape(SHAPE)), whole)
+
+
+def test_a_corrupt_chunk_is_named_with_its_block(volume: Path, model: Model) -> None:
+    (volume / "0" / "c" / "1" / "2" / "1").write_bytes(b"\x00\x01\x02")
+    with pytest.raises(CorruptChunk, match=r"chunk \(1, 2, 1\).*volume.zarr.0") as caught:
+        segment(volume, model=model, options=SegmentOptions(block_shape=CHUNK))
+    assert any("while segmenting block" in note for note in caught.value.__notes__)
+
+
+def test_finished_output_is_refused_without_overwrite(volume: Path, model: Model) -> None:
+    segment(volume, model=model)
+    with pytest.raises(TargetExists, match="--overwrite"):
+        segment(volume, model=model)
+    assert segment(volume, model=model, options=SegmentOptions(overwrite=True)).n_voxels
+
+
+def test_truth_of_another_shape_is_refused_before_anything_is_written(volume: Path, model: Model, tmp_path: Path) -> None:
+    other = create_volume(tmp_path / "other.zarr", (7, 61, 84), chunk_shape=CHUNK)
+    other.finish({})
+    with pytest.raises(ConfigError, match=r"has shape \(7, 61, 84\) and .* \(7, 61, 83\)"):
+        segment(volume, model=model, ground_truth=tmp_path / "other.zarr")
+    assert not (volume / "labels").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [({"threshold": 1.5}, "threshold is 1.5"), ({"batch_size": 0}, "batch_size is 0"), ({"n_threads": 0}, "n_threads is 0")],
+    ids=["threshold", "batch", "threads"],
+)
+def test_options_refuse(values: dict[str, float], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        SegmentOptions(**values)  # type: ignore[arg-type]
