@@ -172,9 +172,10 @@ def test_memory_is_bounded(shape, chunks_a, chunks_b, block_voxels) -> None:
     ids=["all", "slab", "rows", "chunk", "cut-in-z", "cut-in-y", "cut-in-x"],
 )
 def test_blocks_are_whole_chunks_while_these_fit(block_voxels, first) -> None:
-    prediction, truth = ArrayLabels(np.zeros((8, 16, 16), bool), (4, 8, 8)), ArrayLabels(np.zeros((8, 16, 16), bool), (2, 4, 8))
-    evaluate_volumes(prediction, truth, block_voxels=block_voxels)
-    assert prediction.boxes[0].shape == first
+    coarse, fine = ArrayLabels(np.zeros((8, 16, 16), bool), (4, 8, 8)), ArrayLabels(np.zeros((8, 16, 16), bool), (2, 4, 8))
+    evaluate_volumes(coarse, fine, block_voxels=block_voxels)
+    evaluate_volumes(fine, coarse, block_voxels=block_voxels)
+    assert coarse.boxes[0].shape == coarse.boxes[len(coarse.boxes) // 2].shape == first
 
 
 def test_progress_counts_voxels_up_to_all(rng: np.random.Generator) -> None:

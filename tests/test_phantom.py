@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kdunet_infer.errors import GeometryError
 from kdunet_infer.geometry import ZYX, Box
-from kdunet_infer.phantom import phantom_box
+from kdunet_infer.phantom import SITE_REACH, _nearest_cells, _organelles, _Scene, _Sites, phantom_box
 
 UInt8Array = npt.NDArray[np.uint8]
 Volume = tuple[UInt8Array, UInt8Array]
@@ -52,7 +52,7 @@ def whole_and_part(draw: st.DrawFn) -> tuple[Box, Box]:
     return box_at(begin, shape), part
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(boxes=whole_and_part(), seed=st.sampled_from([0, 1, 2**64 - 1]))
 def test_a_part_is_cut_from_the_whole(boxes: tuple[Box, Box], seed: int) -> None:
     whole, part = boxes
@@ -66,6 +66,26 @@ def test_blocks_make_the_whole(volume: Volume, seed: int) -> None:
     for block in list(whole.split((24, 90, 110)))[::9]:
         for all_voxels, voxels in zip(volume, phantom_box(block, seed), strict=True):
             np.testing.assert_array_equal(voxels, all_voxels[block.slices_in(whole)])
+
+
+@pytest.mark.parametrize("origin", [(0, 0, 0), (40, 10_000, 300)], ids=str)
+def test_sites_left_out_change_nothing(origin: ZYX) -> None:
+    """Alone, a point leaves out nearly all sites; in company, few: both must agree to the bit."""
+    sites = _Sites.around(Box(origin, origin).grown((SITE_REACH,) * 3), seed=1)
+    points = np.random.default_rng(0).uniform(-30, 30, (3, 500)).astype(np.float32)
+    cells, depths = _nearest_cells(points, origin, sites)
+    alone = [_nearest_cells(points[:, i : i + 1], origin, sites) for i in range(points.shape[1])]
+    assert len(np.unique(cells)) > 3
+    np.testing.assert_array_equal(cells, [cell[0] for cell, _ in alone])
+    np.testing.assert_array_equal(depths, [depth[0] for _, depth in alone])
+
+
+def test_a_small_scene_knows_every_organelle_that_reaches_into_it() -> None:
+    small, large = (_Scene.of_box(Box.of_shape((4, 4, 4)).grown((n, n, n)), seed=1) for n in (2, 70))
+    known = {(o.kind.name, o.centre.tobytes()) for o in _organelles(small)}
+    reaching = {(o.kind.name, o.centre.tobytes()) for o in _organelles(large) if o.part_of(small).n_voxels}
+    assert reaching
+    assert reaching <= known
 
 
 def test_bytes_are_pinned() -> None:

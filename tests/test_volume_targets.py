@@ -432,12 +432,18 @@ def test_what_is_not_ours_is_never_replaced(tmp_path: Path, make: Callable[[Path
     assert hashes(tmp_path) == before
 
 
-def test_a_volume_of_ours_with_labels_is_never_replaced(tmp_path: Path) -> None:
+def test_a_volume_of_ours_is_replaced_with_its_labels_only_if_all_of_them_are_ours(tmp_path: Path) -> None:
     target = create_volume(tmp_path / "new.zarr", SHAPE, chunk_shape=CHUNK)
     target.finish({})
     finished_label(open_source(target.path))
+    create_volume(target.path, SHAPE, chunk_shape=CHUNK, overwrite=True).finish({})
+    assert not (target.path / "labels").exists()
+    finished_label(open_source(target.path))
+    zarr.create_group(str(target.path / "labels" / "by-hand"), zarr_format=3)
+    before = hashes(tmp_path)
     with pytest.raises(TargetExists, match="never replaced"):
         create_volume(target.path, SHAPE, chunk_shape=CHUNK, overwrite=True)
+    assert hashes(tmp_path) == before
 
 
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:

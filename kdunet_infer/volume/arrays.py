@@ -51,14 +51,14 @@ class Voxels:
         Raises GeometryError for a box that leaves the volume, CorruptChunk for a chunk that cannot be read or decoded.
         """
         slices = box.slices_in(Box.of_shape(self.shape))
-        if box.n_voxels == 0:
-            return np.empty(box.shape, dtype=self.dtype)
         try:
             return self._cut(slices, box.shape)
         except Exception:  # codecs raise anything; reading chunk by chunk tells which chunk it is
             return self._read_by_chunk(box)
 
     def _cut(self, slices: Sequence[slice], shape: ZYX) -> VoxelArray:
+        if 0 in shape:  # two axes cannot give no slice
+            return np.empty(shape, dtype=self.dtype)
         index = (*[slice(0, 1)] * (self.array.ndim - 3), *slices)[-self.array.ndim :]
         # A copy, so that a memory-mapped file is read here and not wherever its voxels are first touched.
         return np.array(self.array[index]).reshape(shape)

@@ -17,6 +17,7 @@ KEY = "kdunet"
 _RECORDS = ".kdunet"
 _STRAY = ".partial"
 """Ends the name of a file that zarr was writing when it was killed."""
+_LABELS = "labels"
 _METADATA = (".zattrs", ".zgroup", "zarr.json")
 
 
@@ -68,8 +69,15 @@ def _state_at(path: Path) -> str | None:
     names = {child.name for child in path.iterdir()} if path.exists() else set()
     if not names:
         return "nothing"
-    ours = (name.isdecimal() or name in (_RECORDS, *_METADATA) or name.endswith(_STRAY) for name in names)
-    if not all(ours) or zarr_format_at(path) is None:
+    ours = (name.isdecimal() or name in (_RECORDS, *_METADATA) or name.endswith(_STRAY) for name in names - {_LABELS})
+    if not all(ours) or not _all_ours(path / _LABELS) or zarr_format_at(path) is None:
         return None
     node = open_node(path)
     return state_of(node.attrs.asdict()) if isinstance(node, zarr.Group) else None
+
+
+def _all_ours(labels: Path) -> bool:
+    """Whether no label in the folder is anybody else's, such as an annotation made by hand; true where there is none."""
+    if not labels.is_dir():
+        return True
+    return all(child.name in _METADATA or _state_at(child) is not None for child in labels.iterdir())
