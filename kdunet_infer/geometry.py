@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,16 +80,6 @@ class Box:
 
     def __str__(self) -> str:
         return ",".join(f"{begin}:{end}" for begin, end in zip(self.begin, self.end, strict=True))
-
-
-def parse_shape(text: str) -> ZYX:
-    """Read `64,512,512` (z,y,x) as a shape of positive integers.
-
-    Raises GeometryError for anything else.
-    """
-    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*){2}", text) or 0 in (shape := _zyx(map(int, text.split(",")))):
-        raise GeometryError(f"shape {text!r} is not three positive integers; write z,y,x as in 64,512,512.")
-    return shape
 
 
 def _zyx(values: Iterator[int]) -> ZYX:

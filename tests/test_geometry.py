@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdunet_infer.errors import GeometryError
-from kdunet_infer.geometry import ZYX, Box, parse_shape
+from kdunet_infer.geometry import ZYX, Box
 
 small = st.integers(-6, 6)
 corners = st.tuples(small, small, small)
@@ -79,13 +79,3 @@ def test_slices_of_a_box_outside_the_frame_are_refused() -> None:
 def test_a_box_that_ends_before_it_begins_is_refused() -> None:
     with pytest.raises(GeometryError, match="ends before it begins"):
         Box((0, 3, 0), (1, 2, 1))
-
-
-def test_shapes_are_read_from_text() -> None:
-    assert parse_shape(" 64, 512,512 ") == (64, 512, 512)
-
-
-@pytest.mark.parametrize("text", ["64", "64,512", "64,512,512,1", "0,512,512", "-1,5,5", "a,b,c", "1.5,2,2", ""])
-def test_other_text_is_no_shape(text: str) -> None:
-    with pytest.raises(GeometryError, match=r"is not three positive integers; write z,y,x as in 64,512,512"):
-        parse_shape(text)

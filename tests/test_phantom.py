@@ -81,10 +81,10 @@ def test_sites_left_out_change_nothing(origin: ZYX) -> None:
 
 
 def test_a_small_scene_knows_every_organelle_that_reaches_into_it() -> None:
-    small, large = (_Scene.of_box(Box.of_shape((4, 4, 4)).grown((n, n, n)), seed=1) for n in (2, 70))
+    small, large = (_Scene.of_box(MITOCHONDRION_BOX.grown((n, n, n)), seed=1) for n in (0, 50))
     known = {(o.kind.name, o.centre.tobytes()) for o in _organelles(small)}
     reaching = {(o.kind.name, o.centre.tobytes()) for o in _organelles(large) if o.part_of(small).n_voxels}
-    assert reaching
+    assert len(reaching) > 2
     assert reaching <= known
 
 

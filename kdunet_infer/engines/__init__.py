@@ -62,6 +62,7 @@ def auto_engine(model: Model, **options: Any) -> tuple[Engine, str]:
     An option given here is kept: with device="cpu" no engine on CUDA is tried. Raises EngineUnavailable where none starts.
     """
     refusals: list[str] = []
+    tried: list[str] = []
     for name, wanted in FASTEST_FIRST:
         if any(options.get(option, value) != value for option, value in wanted.items()):
             continue
@@ -69,8 +70,11 @@ def auto_engine(model: Model, **options: Any) -> tuple[Engine, str]:
             engine = create_engine(name, model, **{**wanted, **options})
         except EngineUnavailable as exc:
             refusals.append(str(exc))
+            tried.append(f"{name} on {wanted['device']}")
         else:
-            return engine, "; ".join([f"{engine.describe()}, the fastest that works here", *refusals])
+            return engine, f"{engine.describe()}, the fastest that works here" + (
+                f" (not here: {', '.join(tried)})" if tried else ""
+            )
     raise EngineUnavailable("No engine works here. " + " ".join(refusals or [f"None takes the options {options}."]))
 
 
