@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 from small_models import small_model
@@ -29,6 +29,8 @@ from kdunet_infer.card import ModelCard
 from kdunet_infer.engines.onnxruntime import OnnxRuntimeEngine
 from kdunet_infer.errors import EngineError
 from kdunet_infer.geometry import ZYX, Box
+from kdunet_infer.model import Model
+from kdunet_infer.phantom import phantom_box
 from kdunet_infer.plan import Plan, plan_segmentation
 from kdunet_infer.testing import ArraySource, ArrayTarget, ProbeEngine, noise, probe_card, segment_whole
 
@@ -127,6 +129,30 @@ def test_tiled_is_whole_for_a_network(levels: int, shape: ZYX) -> None:
 
 
 # What the probe and the networks must feel
+
+
+@pytest.fixture(scope="module")
+def released() -> tuple[Model, Engine]:
+    model = Model.load("phantom-2unet")
+    return model, OnnxRuntimeEngine(model, n_threads=1)
+
+
+@settings(max_examples=12)
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 150), st.integers(1, 150)),
+    shard=st.tuples(st.integers(1, 2), st.integers(20, 90), st.integers(20, 90)),
+    tile=st.tuples(*[st.integers(1, 9).map(lambda cells: 16 * cells)] * 2),
+)
+@example(shape=(1, 97, 113), shard=(1, 48, 56), tile=(16, 32))  # primes, with a one-voxel remainder
+@example(shape=(2, 5, 149), shard=(1, 20, 37), tile=(16, 144))  # a halo far larger than the volume
+def test_tiled_is_whole_for_a_released_student(
+    released: tuple[Model, Engine], shape: ZYX, shard: ZYX, tile: tuple[int, int]
+) -> None:
+    model, engine = released
+    image, _ = phantom_box(Box((40, 1000, 1000), (40 + shape[0], 1000 + shape[1], 1000 + shape[2])), seed=5)
+    plan = plan_segmentation(shape, model.card, shard_shape=shard, block_shape=shard, tile_shape=tile)
+    found = probability_in_blocks(ArraySource(image), engine, plan)
+    np.testing.assert_allclose(found, segment_whole(image, engine, model.card), atol=1e-5, rtol=0)  # float32 sums, reordered
 
 
 def gap(image: UInt8Array, engine: Engine, true_card: ModelCard, plan: Plan, source: Source | None = None) -> float:
