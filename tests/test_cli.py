@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,12 @@ from click.testing import CliRunner, Result
 from small_models import unet_onnx
 
 import kdunet.cli
+import kdunet.fit
 import kdunet_infer.cli
+import kdunet_infer.run
 from kdunet.config import RunConfig
 from kdunet.fit import CONFIG_FILE
+from kdunet_infer.errors import VolumeError
 from kdunet_infer.geometry import Box
 from kdunet_infer.model import Model
 from kdunet_infer.testing import noise
@@ -246,3 +252,34 @@ def test_slices_that_are_none_are_a_usage_error() -> None:
     result = train("distill", "--out", "run", "--train-slices", "0-135")
     assert result.exit_code == 2
     assert "is not begin:end" in result.stderr
+
+
+def test_interrupting_a_segmentation_exits_with_130(
+    volume: Path, onnx_file: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kdunet_infer.run, "compute_block", interrupt)
+    result = infer("segment", volume, "--model", onnx_file)
+    assert result.exit_code == 130
+    assert "stopped" in result.stderr
+    with pytest.raises(VolumeError, match="was not finished"):
+        open_labels(volume / "labels" / model.card.name)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_interrupting_a_training_exits_by_its_signal(
+    stacks: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    learned = kdunet.fit.loss_terms
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), getattr(signal, name))
+        return learned(*args, **kwargs)
+
+    monkeypatch.setattr(kdunet.fit, "loss_terms", interrupt)
+    arguments = ["distill", "--method", "vanilla", "--images", stacks[0], "--labels", stacks[1], "--crop", 32, "--steps", 5]
+    result = train(*arguments, "--out", tmp_path / "run")
+    assert result.exit_code == code
+    assert "stopped at step 1 of 5; the same command goes on" in result.stdout

@@ -97,3 +97,11 @@ def test_one_file_knows_each_runtime() -> None:
 )
 def test_layers(module: str, must_not_know: list[str]) -> None:
     assert [name for name in must_not_know if module in importers(name)] == []
+
+
+def test_training_starts_on_a_bare_machine() -> None:
+    """With torch, numpy, tifffile, safetensors, click and Fabric only, as on a borrowed GPU."""
+    absent = ("zarr", "onnx", "onnxruntime", "onnxscript", "PIL", "imagecodecs", "scipy")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import kdunet.fit, kdunet.cli, kdunet.evaluate"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
