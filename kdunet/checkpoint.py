@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,8 +24,10 @@ METADATA_KEY = "kdunet"
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors and a JSON object about them to `path`, atomically and durably."""
     beside = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, {METADATA_KEY: json.dumps(about)})
-    with beside.open("rb+") as file:
+    content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {METADATA_KEY: json.dumps(about)})
+    with beside.open("wb") as file:  # not save_file, whose files only their owner may read
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -420,6 +421,19 @@ def test_a_read_that_fails_once_is_tried_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(zarr.Array, "__getitem__", flaky)
     np.testing.assert_array_equal(source.read_box(Box((0, 3, 5), (6, 20, 18))), noise(SHAPE)[:, 3:, 5:])
     assert len(calls) == 1 + 2 * 3 * 3
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = os.stat
+
+    def forbidding(path: Any, **options: Any) -> Any:
+        if str(path).startswith(f"{tmp_path}{os.sep}"):
+            raise PermissionError(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", forbidding)
+    with pytest.raises(VolumeError, match="neither a Zarr array"):
+        open_source(tmp_path)
 
 
 def test_a_path_that_may_not_be_looked_at_is_not_found(tmp_path: Path) -> None:

@@ -57,8 +57,6 @@ class Voxels:
             return self._read_by_chunk(box)
 
     def _cut(self, slices: Sequence[slice], shape: ZYX) -> VoxelArray:
-        if 0 in shape:  # two axes cannot give no slice
-            return np.empty(shape, dtype=self.dtype)
         index = (*[slice(0, 1)] * (self.array.ndim - 3), *slices)[-self.array.ndim :]
         # A copy, so that a memory-mapped file is read here and not wherever its voxels are first touched.
         return np.array(self.array[index]).reshape(shape)
