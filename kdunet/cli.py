@@ -32,6 +32,13 @@ def _slab(_: click.Context, param: click.Parameter, value: str | None) -> tuple[
     return int(begin), int(end)
 
 
+def _pairs(_: click.Context, param: click.Parameter, value: tuple[str, ...]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in value]
+    if wrong := [key for key, separator, _ in pairs if not (key and separator)]:
+        raise click.BadParameter(f"{wrong[0]!r} is not KEY=TEXT, such as licence='CC BY 4.0'.", param=param)
+    return {key: text for key, _, text in pairs}
+
+
 def _training_options(command: Callable[..., None]) -> Callable[..., None]:
     """What both training commands take; everything else is in the configuration file."""
     options = [
@@ -95,7 +102,14 @@ def distill_command(config_file: Path | None, out: Path, max_minutes: float | No
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
 @click.option("--name", help="Of the model, in its card. [default: the file's stem]")
 @click.option("--version", default="1.0", show_default=True, help="Of the model, in its card.")
-@click.option("--description", default="", help="What it segments in what images, in its card.")
+@click.option(
+    "--about",
+    "told",
+    multiple=True,
+    metavar="KEY=TEXT",
+    callback=_pairs,
+    help="For its card: description=..., licence=..., citation=...; may be repeated.",
+)
 @click.option("--voxel-size", "voxel_size_nm", type=float, nargs=3, help="Of the training images: z y x in nm.")
 def export_command(run: Path, out: Path, **about: Any) -> None:
     """Write the network of RUN as ONNX, once it is proven to answer as PyTorch does."""

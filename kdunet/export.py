@@ -73,18 +73,19 @@ def export_run(
     *,
     name: str | None = None,
     version: str = "1.0",
-    description: str = "",
     voxel_size_nm: tuple[float, float, float] | None = None,
+    told: Mapping[str, str] | None = None,
 ) -> Exported:
     """Export the best network of the training run in `run` as `out`, with a card made from its record.
 
+    `told` joins the card's provenance: description, licence, citation, whatever the record cannot know.
     Parity is measured on crops of the run's own validation slab. Raises TrainingError where there is no network, where its
     data cannot be found again, or where the exported graph differs.
     """
     network, about = load_network(run)
     config = RunConfig.from_toml(run / CONFIG_FILE)
     card = student_card(
-        network, about, config, name=name or out.stem, version=version, description=description, voxel_size_nm=voxel_size_nm
+        network, about, config, name=name or out.stem, version=version, voxel_size_nm=voxel_size_nm, told=told or {}
     )
     return export_network(network, card, out, crops=parity_crops(config.data, network.stride))
 
@@ -151,8 +152,8 @@ def student_card(
     *,
     name: str,
     version: str,
-    description: str = "",
-    voxel_size_nm: tuple[float, float, float] | None = None,
+    voxel_size_nm: tuple[float, float, float] | None,
+    told: Mapping[str, str],
 ) -> ModelCard:
     """The card of a trained student: grid and halo from its architecture, threshold from its validation."""
     margin = halo(network.n_levels)
@@ -168,7 +169,7 @@ def student_card(
         architecture=about["architecture"],
         voxel_size_nm=voxel_size_nm,
         provenance={
-            "description": description,
+            **told,
             "recipe": _recipe(config),
             "validation": about["validation"],
             "step": about["step"],

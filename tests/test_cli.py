@@ -204,11 +204,13 @@ def test_train_distil_export_and_segment(stacks: tuple[Path, Path], tmp_path: Pa
     assert result.exit_code == 0, result.output
     config = RunConfig.from_toml(tmp_path / "student" / CONFIG_FILE)
     assert (config.width, config.loss.temperature, config.loss.soft_weight, config.optim.steps) == (1, 3.0, 1.0, 3)
-    result = train("export", tmp_path / "student", "-o", tmp_path / "s.onnx", "--voxel-size", 5, 5, 5)
+    result = train("export", tmp_path / "student", "-o", tmp_path / "s.onnx", "--voxel-size", 5, 5, 5, "--about", "licence=CC0")
     assert result.exit_code == 0, result.output
     assert "max |dp|" in result.stdout
     card = Model.load(tmp_path / "s.onnx").card
     assert (card.n_parameters, card.halo_zyx, card.voxel_size_nm) == (7878, (0, 96, 96), (5.0, 5.0, 5.0))
+    assert card.provenance["licence"] == "CC0"
+    assert card.provenance["recipe"]["data"]["images"] == "images.tif"  # no folder of this machine
     assert infer("segment", volume, "--model", tmp_path / "s.onnx").exit_code == 0
 
 
@@ -246,6 +248,12 @@ def test_bad_input_of_training_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert_one_sentence(train(*arguments), says)
+
+
+def test_about_without_a_key_is_a_usage_error() -> None:
+    result = train("export", "run", "-o", "x.onnx", "--about", "CC0")
+    assert result.exit_code == 2
+    assert "is not KEY=TEXT" in result.stderr
 
 
 def test_slices_that_are_none_are_a_usage_error() -> None:

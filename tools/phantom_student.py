@@ -59,7 +59,7 @@ def main(run: Path, out: Path) -> None:
         optim=OptimConfig(steps=STEPS, precision="bf16-mixed"),
     )
     click.echo(fit(config, run, progress=lambda p: click.echo(p) if p.step % 500 == 0 else None))
-    click.echo(export_run(run, out, name="phantom-2unet", description="mitochondria of kdunet's synthetic EM volume"))
+    click.echo(export_run(run, out, name="phantom-2unet", told={"description": "mitochondria of kdunet's synthetic EM volume"}))
 
 
 if __name__ == "__main__":
