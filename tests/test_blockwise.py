@@ -224,6 +224,7 @@ def test_a_mirror_that_repeats_the_edge_is_felt() -> None:
     assert np.abs(symmetric - segment_whole(image, engine, engine.card)).max() > 0.1
 
 
+@example(where=(-3, 3), change=128, corner=(6, 6))  # the change that an even weight would not feel
 @given(
     where=st.tuples(st.integers(-3, 3), st.integers(-3, 3)),
     change=st.integers(1, 255),
@@ -237,6 +238,19 @@ def test_the_probe_feels_every_voxel_within_its_radius(where: tuple[int, int], c
     other[changed] = (int(tile[changed]) + change) % 256
     at = (0, *corner)
     assert engine.infer(tile)[at] != engine.infer(other)[at]
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_the_probe_knows_its_directions(axis: int) -> None:
+    engine, tile = ProbeEngine(radius=3, stride=1), noise((1, 13, 13))
+    assert (np.flip(engine.infer(np.flip(tile, axis)), axis) != engine.infer(tile)).any()
+
+
+def test_a_target_counts_every_write() -> None:
+    target = ArrayTarget((1, 2, 3))
+    for box in (Box.of_shape((1, 2, 3)), Box((0, 0, 1), (1, 2, 2))):
+        target.write_box(box, noise(box.shape))
+    assert_array_equal(target.n_writes, [[[1, 2, 1], [1, 2, 1]]])
 
 
 # Thresholds and stored probabilities

@@ -105,3 +105,11 @@ def test_training_starts_on_a_bare_machine() -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import kdunet.fit, kdunet.cli, kdunet.evaluate"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_what_the_package_offers_is_there() -> None:
+    assert set(kdunet_infer.__all__) == set(kdunet_infer._HOME)
+    for name in kdunet_infer.__all__:
+        assert getattr(kdunet_infer, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kdunet_infer.nothing  # noqa: B018

@@ -189,9 +189,9 @@ def test_labels_are_read_as_they_are(tmp_path: Path, dtype: str) -> None:
 
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
-    """An image with the labels mito and nuclei."""
+    """An image with the labels nuclei and mito."""
     path = write_image(tmp_path / "v.zarr", [noise(SHAPE)])
-    zarr.create_group(str(path / "labels"), attributes={"ome": {"version": "0.5", "labels": ["mito", "nuclei"]}})
+    zarr.create_group(str(path / "labels"), attributes={"ome": {"version": "0.5", "labels": ["nuclei", "mito"]}})
     for index, name in enumerate(("mito", "nuclei")):
         write_image(path / "labels" / name, [np.full(SHAPE, index, np.uint32)], extra={"image-label": {}})
     return path
@@ -246,6 +246,12 @@ def _cut_short(path: Path) -> Path:
     return path
 
 
+def _cut_imagej(path: Path) -> Path:
+    tifffile.imwrite(path, noise(SHAPE), imagej=True)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
 def _missing_level(path: Path) -> Path:
     write_image(path, [noise(SHAPE)])
     (path / "s0").rename(path / "elsewhere")
@@ -270,6 +276,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[VolumeError], str]] = {
         r"x\.tif cannot be read as TIFF .*not a TIFF.*copy it again",
     ),
     "cut-short-tiff": (lambda p: _cut_short(p / "x.tif"), VolumeError, r"breaks off after page \d; copy it again"),
+    "cut-short-imagej": (
+        lambda p: _cut_imagej(p / "x.tif"),
+        VolumeError,
+        r"x\.tif cannot be read as TIFF \(ValueError: mmap length.*copy it again",
+    ),
     "rgb-tiff": (
         lambda p: _tiff(p / "x.tif", np.zeros((2, 8, 8, 3), np.uint8), photometric="rgb"),
         VolumeError,
@@ -365,10 +376,10 @@ def test_open_labels_refuses_grey_values(tmp_path: Path) -> None:
 
 def test_open_labels_names_the_labels_of_an_image(labelled: Path) -> None:
     with pytest.raises(
-        VolumeError, match=r"is an image, not a mask; it has the labels mito, nuclei: give .*v\.zarr/labels/mito\."
+        VolumeError, match=r"is an image, not a mask; it has the labels nuclei, mito: give .*v\.zarr/labels/nuclei\."
     ):
         open_labels(labelled)
-    with pytest.raises(VolumeError, match=r"without an image of its own; give one of its members: mito, nuclei\."):
+    with pytest.raises(VolumeError, match=r"without an image of its own; give one of its members: nuclei, mito\."):
         open_labels(labelled / "labels")
 
 

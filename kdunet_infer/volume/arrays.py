@@ -139,7 +139,8 @@ def _tiff_voxels(path: Path, tiff: tifffile.TiffFile) -> Voxels:
         series = _only_stack(path, tiff)
         page = series.keyframe
         if series.dataoffset is not None:
-            return Voxels(path, tifffile.memmap(path, mode="r"), _last_three(page.shape))
+            dtype = np.dtype(tiff.byteorder + series.dtype.char)
+            return Voxels(path, np.memmap(path, dtype, "r", series.dataoffset, series.shape), _last_three(page.shape))
         # Strips of a few rows would be decoded one by one; a page at a time is faster and small enough.
         array = zarr.open_array(series.aszarr(chunkmode=None if page.is_tiled else "page"), mode="r")
         weakref.finalize(array, on_failure.pop_all().close)

@@ -144,7 +144,9 @@ def _image(path: Path, group: zarr.Group) -> _Image:
     if state_of(attributes) == "unfinished":
         raise VolumeError(f"{path} is an output of kdunet that was not finished; run the command that writes it again.")
     names = label_names(attributes) or sorted(child.name for child in path.iterdir() if zarr_format_at(child))
-    raise VolumeError(f"{path} is a Zarr group without an image of its own; give one of its members: {', '.join(names)}.")
+    raise VolumeError(
+        f"{path} is a Zarr group without an image of its own; give one of its members: {', '.join(names) or 'none'}."
+    )
 
 
 def _check_has_no_labels(path: Path) -> None:
