@@ -246,9 +246,9 @@ def _cut_short(path: Path) -> Path:
     return path
 
 
-def _cut_imagej(path: Path) -> Path:
-    tifffile.imwrite(path, noise(SHAPE), imagej=True)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def _cut_slice(path: Path) -> Path:
+    tifffile.imwrite(path, noise(SHAPE)[0])
+    path.write_bytes(path.read_bytes()[:-9])
     return path
 
 
@@ -276,8 +276,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[VolumeError], str]] = {
         r"x\.tif cannot be read as TIFF .*not a TIFF.*copy it again",
     ),
     "cut-short-tiff": (lambda p: _cut_short(p / "x.tif"), VolumeError, r"breaks off after page \d; copy it again"),
-    "cut-short-imagej": (
-        lambda p: _cut_imagej(p / "x.tif"),
+    "cut-short-slice": (
+        lambda p: _cut_slice(p / "x.tif"),
         VolumeError,
         r"x\.tif cannot be read as TIFF \(ValueError: mmap length.*copy it again",
     ),

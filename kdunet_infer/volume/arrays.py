@@ -182,7 +182,7 @@ def _check_shape(path: Path, shape: Sequence[int]) -> None:
 
 
 def _last_three(sizes: Sequence[int]) -> ZYX:
-    z, y, x = (1, 1, 1, *sizes)[-3:]
+    z, y, x = (1, *sizes)[-3:]
     return int(z), int(y), int(x)
 
 

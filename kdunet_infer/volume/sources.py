@@ -50,7 +50,7 @@ class VolumeSource:
 
         Raises CorruptChunk for a chunk that cannot be read or decoded.
         """
-        return np.ascontiguousarray(read_mirrored(self.voxels.read, self.shape, box))
+        return read_mirrored(self.voxels.read, self.shape, box)
 
 
 def open_source(path: str | Path) -> VolumeSource:
