@@ -47,8 +47,10 @@ class ModelCard:
 
     def __post_init__(self) -> None:
         for axis, halo, stride in zip("zyx", self.halo_zyx, self.stride_zyx, strict=True):
-            if stride < 1 or halo < 0:
-                raise ModelCardError(f"stride {stride} and halo {halo} along {axis} cannot be; stride >= 1, halo >= 0.")
+            if type(stride) is not int or type(halo) is not int or stride < 1 or halo < 0:
+                raise ModelCardError(
+                    f"stride {stride} and halo {halo} along {axis} cannot be; give integers, stride >= 1 and halo >= 0."
+                )
             if halo % stride:
                 raise ModelCardError(
                     f"halo along {axis} is {halo} voxels, not a multiple of the network's stride {stride}; "

@@ -16,7 +16,7 @@ from typing import Any
 from kdunet_infer import __version__
 from kdunet_infer.blockwise import DEFAULT_BATCH_SIZE, BlockResult, Engine, Source, UInt8Array, compute_block, read_block
 from kdunet_infer.engines import auto_engine, create_engine
-from kdunet_infer.errors import ConfigError, KdunetError
+from kdunet_infer.errors import ConfigError
 from kdunet_infer.geometry import ZYX
 from kdunet_infer.metrics import Scores, evaluate_volumes
 from kdunet_infer.model import Model
@@ -120,7 +120,7 @@ def segment(
             f"ground truth {ground_truth} has shape {truth.shape} and {source} {volume.shape}; give its own truth."
         )
     engine, engine_why = _engine(model, options)
-    threshold = options.threshold or model.card.threshold
+    threshold = model.card.threshold if options.threshold is None else options.threshold
     mask = _create_mask(volume, target, model, overwrite=options.overwrite)
     probability = None
     if options.probabilities is not None:
@@ -286,7 +286,7 @@ def _one_thread(name: str) -> Iterator[ThreadPoolExecutor]:
 def _noting(block: Block) -> Iterator[None]:
     try:
         yield
-    except KdunetError as exc:
+    except Exception as exc:
         exc.add_note(f"while segmenting block {block.index}, voxels {block.write_box} (z,y,x)")
         raise
 
