@@ -64,6 +64,12 @@ def test_mask_and_probabilities_are_those_of_the_whole(
     assert report.n_foreground == int(mask.sum())
 
 
+def test_probabilities_are_not_scored_as_a_mask(volume: Path, model: Model, tmp_path: Path) -> None:
+    segment(volume, model=model, options=SegmentOptions(probabilities=tmp_path / "p.zarr"))
+    with pytest.raises(KdunetError, match="as an image or as probabilities, not as a mask; give the mask"):
+        evaluate(tmp_path / "p.zarr", volume / "labels" / model.card.name)
+
+
 def test_provenance_lies_in_the_attributes(volume: Path, model: Model) -> None:
     report = segment(volume, model=model, command="kdunet-infer segment volume.zarr")
     about = zarr.open_group(report.output, mode="r").attrs["kdunet"]
@@ -139,8 +145,7 @@ def test_finished_output_is_refused_without_overwrite(volume: Path, model: Model
 
 
 def test_truth_of_another_shape_is_refused_before_anything_is_written(volume: Path, model: Model, tmp_path: Path) -> None:
-    other = create_volume(tmp_path / "other.zarr", (7, 61, 84), chunk_shape=CHUNK)
-    other.finish({})
+    zarr.create_array(str(tmp_path / "other.zarr"), shape=(7, 61, 84), chunks=CHUNK, dtype="uint8")
     with pytest.raises(ConfigError, match=r"has shape \(7, 61, 84\) and .* \(7, 61, 83\)"):
         segment(volume, model=model, ground_truth=tmp_path / "other.zarr")
     assert not (volume / "labels").exists()

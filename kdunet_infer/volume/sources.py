@@ -73,6 +73,8 @@ def open_labels(path: str | Path) -> Voxels:
     found = _open(path)
     if found.image is not None and found.image.path == path and not is_label(found.image.attributes):
         _check_has_no_labels(path)
+        if state_of(found.image.attributes) is not None:  # our masks are label images: this one holds grey values
+            raise VolumeError(f"{path} was written by kdunet as an image or as probabilities, not as a mask; give the mask.")
     if found.voxels.dtype.kind not in "biu":
         raise VolumeError(f"{path} holds {found.voxels.dtype} voxels, and labels are integers; threshold or convert it.")
     return found.voxels
