@@ -25,6 +25,10 @@ class SentenceGroup(click.Group):
         except KdunetError as exc:
             # a note says where in a long run it happened
             raise click.ClickException("\n".join([str(exc), *getattr(exc, "__notes__", [])])) from exc
+        except ModuleNotFoundError as exc:  # what only one command needs, such as the exporter's onnxscript
+            if (exc.name or "").startswith("kdunet"):
+                raise
+            raise click.ClickException(f"this needs {exc.name!r}: pip install 'kdunet[train,cpu]'.") from exc
         except KeyboardInterrupt:
             click.echo("\nstopped.", err=True)
             ctx.exit(INTERRUPTED)

@@ -68,10 +68,12 @@ def test_elastic_warp_is_smooth_and_as_strong_as_asked() -> None:
     assert float(moved.diff(dim=1).abs().max()) < 2.0  # neighbours move together: no tearing
 
 
-def test_beyond_the_slice_it_is_mirrored() -> None:
+@pytest.mark.parametrize("corner", [(-8, -8), (-40, -50), (110, 130)])
+def test_beyond_the_slice_it_is_mirrored(corner: tuple[int, int]) -> None:
     image = _slice()
-    crop, _ = warped_crop(image, image % 2, (-8, -8), 32, AugmentConfig.none(), _rng())
-    want = np.pad(image.numpy(), 8, mode="reflect")[:32, :32]
+    crop, _ = warped_crop(image, image % 2, corner, 32, AugmentConfig.none(), _rng())
+    y, x = (64 + begin for begin in corner)
+    want = np.pad(image.numpy(), 64, mode="reflect")[y : y + 32, x : x + 32]
     np.testing.assert_allclose(crop.numpy(), want, atol=0.02)
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,19 @@ def test_bad_input_of_training_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert_one_sentence(train(*arguments), says)
+
+
+def test_missing_training_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = "import sys; sys.modules['torch'] = None; from kdunet.__main__ import main; main()"
+    finished = subprocess.run([sys.executable, "-c", absent], capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert finished.stderr == "Error: the command kdunet needs 'torch': pip install 'kdunet[train,cpu]'.\n"
+
+    def lacking(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")
+
+    monkeypatch.setitem(sys.modules, "kdunet.export", SimpleNamespace(export_run=lambda *_, **__: lacking()))
+    assert_one_sentence(train("export", "run", "-o", tmp_path / "x.onnx"), "this needs 'onnxscript': pip install")
 
 
 def test_about_without_a_key_is_a_usage_error() -> None:
