@@ -473,6 +473,17 @@ def test_labels_need_an_image_at_full_resolution(tmp_path: Path) -> None:
             create_label(open_source(path), "mito")
 
 
+def test_an_output_never_overlaps_its_source_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = three_levels(tmp_path / "folder" / "v.zarr")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    before = hashes(tmp_path / "folder")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "link" / "v.zarr" / "x.zarr", Path("folder/v.zarr/x.zarr"), Path("folder/../folder/v.zarr")):
+        with pytest.raises(VolumeError, match="overlaps the source"):
+            create_image(path, like=open_source(image), content="mask", overwrite=True)
+    assert hashes(tmp_path / "folder") == before
+
+
 @pytest.mark.parametrize("source", ["", "s0", "labels/mito"], ids=["image", "level", "label"])
 @pytest.mark.parametrize("inside", [".", "..", "s0/x.zarr", "labels/x.zarr", "x.zarr"])
 def test_an_output_never_overlaps_its_source(tmp_path: Path, source: str, inside: str) -> None:
