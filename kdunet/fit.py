@@ -147,7 +147,7 @@ class _Run:
             self._resume()
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """One step of the optimiser; returns the loss, its terms and the gradient's norm."""
+        """One step of the optimiser; returns the loss, its terms, the gradient's norm and the learning rate."""
         images, labels = self.fabric.to_device(tuple(batch))
         images = images.contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
@@ -167,7 +167,9 @@ class _Run:
         self.optimizer.step()
         self.averaged.update_parameters(self.student)
         self.step += 1
-        return {"loss": loss.item(), **{name: value.item() for name, value in terms.items()}, "gradient_norm": float(norm)}
+        measured = {name: value.item() for name, value in terms.items()}
+        rate = self.optimizer.param_groups[0]["lr"]  # as the optimiser used it
+        return {"loss": loss.item(), **measured, "gradient_norm": float(norm), "learning_rate": rate}
 
     def validate_and_keep_best(self, slab: Annotated) -> Validation:
         """Validate the averaged network and save it if it is the best so far."""

@@ -123,6 +123,15 @@ def test_it_learns_and_the_saved_network_scores_what_was_reported(config: RunCon
     assert again.threshold == result.best.threshold
 
 
+def test_the_best_network_is_kept_not_the_last(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.7, 0.6])
+    monkeypatch.setattr(kdunet.fit, "validate", lambda *_, **__: kdunet.fit.Validation(next(scores), 0.5, 1.0))
+    result = fit(config, tmp_path / "run")
+    assert result.best is not None
+    assert result.best.iou == 0.7
+    assert load_network(tmp_path / "run")[1]["step"] == 4
+
+
 def test_max_minutes_stops_and_saves(config: RunConfig, tmp_path: Path) -> None:
     result = fit(config, tmp_path / "run", max_minutes=0)
     assert (result.step, result.finished, result.stopped_by) == (0, False, "time")
@@ -145,9 +154,13 @@ def test_metrics_of_a_stopped_run_hold_each_step_once(
 ) -> None:
     monkeypatch.setattr(kdunet.fit, "LOG_EVERY", 1)
     fit(config, tmp_path / "run", progress=_stop_at(3))
+    with (tmp_path / "run" / "metrics.csv").open("a") as file:
+        file.write("4,loss,0.5\r\n")  # killed after this row and before the next checkpoint
     fit(config, tmp_path / "run")
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
+    rates = [float(row["value"]) for row in rows if row["name"] == "learning_rate"]
+    assert rates == pytest.approx([learning_rate(step, config.optim) for step in range(8)], rel=1e-4)
     assert [row["step"] for row in rows if row["name"] == "loss"] == [str(step) for step in range(1, 9)]
     assert [row["step"] for row in rows if row["name"] == "iou"] == ["4", "8"]
     assert {row["name"] for row in rows} >= {"hard", "dice", "gradient_norm", "data_wait", "threshold", "cross_entropy"}

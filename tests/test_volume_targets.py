@@ -33,6 +33,7 @@ from kdunet_infer.volume import (
     open_labels,
     open_source,
 )
+from kdunet_infer.volume.ome import label_names
 from kdunet_infer.volume.ownership import remove
 
 Version = Literal["0.4", "0.5"]
@@ -105,6 +106,16 @@ def finished_label(source: VolumeSource, name: str = "mito", **options: Any) -> 
 
 
 # --- labels
+
+
+def test_finishing_twice_lists_a_label_once(tmp_path: Path) -> None:
+    target = create_label(open_source(three_levels(tmp_path / "v.zarr")), "mito")
+    write_all(target)
+    for _ in range(2):
+        target.finish({})
+    group = zarr.open_group(str(tmp_path / "v.zarr" / "labels"), mode="r")
+    assert label_names(group.attrs.asdict()) == ["mito"]
+
 
 KINDS: dict[str, Callable[[Path], Path]] = {
     "0.4": lambda p: three_levels(p, "0.4"),
