@@ -21,7 +21,7 @@ from kdunet_infer.geometry import ZYX
 from kdunet_infer.metrics import Scores, evaluate_volumes
 from kdunet_infer.model import Model
 from kdunet_infer.plan import YX, Block, Plan, plan_segmentation
-from kdunet_infer.volume import VolumeSource, VolumeTarget, create_image, create_label, open_labels, open_source
+from kdunet_infer.volume import VolumeSource, VolumeTarget, check_image, create_image, create_label, open_labels, open_source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,17 +121,14 @@ def segment(
         )
     engine, engine_why = _engine(model, options)
     threshold = model.card.threshold if options.threshold is None else options.threshold
-    mask = _create_mask(volume, target, model, overwrite=options.overwrite)
-    probability = None
-    if options.probabilities is not None:
-        probability = create_image(options.probabilities, like=volume, content="image", overwrite=options.overwrite)
     plan = plan_segmentation(
         volume.shape,
         model.card,
-        shard_shape=mask.write_shape,
+        shard_shape=volume.layout.levels[0].write_shape,  # every output is cut into files as its source is
         block_shape=options.block_shape,
         tile_shape=options.tile_shape,
     )
+    mask, probability = _create_targets(volume, target, model, options)
     timeline = run_blocks(volume, engine, plan, mask, probability, threshold=threshold, options=options, progress=progress)
     about = {
         "model": model.card.name,
@@ -300,7 +297,23 @@ def _engine(model: Model, options: SegmentOptions) -> tuple[Engine, str]:
     return engine, engine.describe()
 
 
-def _create_mask(source: VolumeSource, target: str | Path | None, model: Model, *, overwrite: bool) -> VolumeTarget:
+def _create_targets(
+    source: VolumeSource, target: str | Path | None, model: Model, options: SegmentOptions
+) -> tuple[VolumeTarget, VolumeTarget | None]:
+    """The mask and, where asked for, the probabilities; with `overwrite` nothing is removed before both may be written."""
+    overwrite, probabilities = options.overwrite, options.probabilities
+    if probabilities is not None:
+        check_image(probabilities, like=source, overwrite=overwrite)
+        if target is not None and _overlap(Path(target).resolve(), Path(probabilities).resolve()):
+            raise ConfigError(f"mask {target} and probabilities {probabilities} overlap; choose two separate paths.")
     if target is None:
-        return create_label(source, model.card.name, overwrite=overwrite)
-    return create_image(target, like=source, content="mask", overwrite=overwrite)
+        mask = create_label(source, model.card.name, overwrite=overwrite)
+    else:
+        mask = create_image(target, like=source, content="mask", overwrite=overwrite)
+    if probabilities is None:
+        return mask, None
+    return mask, create_image(probabilities, like=source, content="image", overwrite=overwrite)
+
+
+def _overlap(a: Path, b: Path) -> bool:
+    return a == b or a in b.parents or b in a.parents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,31 @@ def test_finished_output_is_refused_without_overwrite(volume: Path, model: Model
     with pytest.raises(TargetExists, match="--overwrite"):
         segment(volume, model=model)
     assert segment(volume, model=model, options=SegmentOptions(overwrite=True)).n_voxels
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"block_shape": (3, 20, 32)}, "not a whole multiple"),
+        ({"tile_shape": (15, 16)}, "not a multiple of the network's stride"),
+        ({"probabilities": "p.tif"}, "ends in .zarr"),
+        ({"probabilities": "foreign.zarr"}, "not made by kdunet"),
+        ({"probabilities": "mask.zarr"}, "overlap; choose two separate paths"),
+        ({"probabilities": "mask.zarr/p.zarr"}, "overlap; choose two separate paths"),
+    ],
+    ids=["block", "tile", "suffix", "foreign", "same", "inside"],
+)
+def test_what_is_refused_leaves_the_old_output_as_it_was(
+    volume: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("foreign.zarr").mkdir()
+    Path("foreign.zarr/thesis.txt").touch()
+    segment(volume, "mask.zarr", model)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(KdunetError, match=says):
+        segment(volume, "mask.zarr", model, SegmentOptions(overwrite=True, **changes))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_truth_of_another_shape_is_refused_before_anything_is_written(volume: Path, model: Model, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from kdunet_infer.volume.arrays import Voxels
 from kdunet_infer.volume.ome import Content, Layout, Level
 from kdunet_infer.volume.sources import VolumeSource, open_labels, open_source
-from kdunet_infer.volume.targets import VolumeTarget, create_image, create_label, create_volume
+from kdunet_infer.volume.targets import VolumeTarget, check_image, create_image, create_label, create_volume
 
 __all__ = [
     "Content",
@@ -21,6 +21,7 @@ __all__ = [
     "VolumeSource",
     "VolumeTarget",
     "Voxels",
+    "check_image",
     "create_image",
     "create_label",
     "create_volume",

@@ -130,8 +130,16 @@ def create_image(path: str | Path, *, like: VolumeSource, content: Content, over
     anything that is not ours; VolumeError for a path that is no `.zarr`, that overlaps the source, and where the disk refuses.
     """
     path = Path(path)
-    _check_apart(path, like.path)
+    check_image(path, like=like, overwrite=overwrite)
     return _create(path, path.stem, like.layout, content=content, is_label=False, overwrite=overwrite)
+
+
+def check_image(path: str | Path, *, like: VolumeSource, overwrite: bool = False) -> None:
+    """Refuse what `create_image` would refuse, before anything is removed or written."""
+    path = Path(path)
+    _check_apart(path, like.path)
+    _check_name(path)
+    check_free(path, overwrite=overwrite)
 
 
 def create_volume(
@@ -166,8 +174,8 @@ def _halved(shape: ZYX, chunk_shape: ZYX, shard_shape: ZYX | None, size: Vector,
 
 
 def _create(path: Path, name: str, layout: Layout, *, content: Content, is_label: bool, overwrite: bool) -> VolumeTarget:
-    if not is_label and path.suffix != ".zarr":
-        raise VolumeError(f"{path} is no possible output; outputs are OME-Zarr volumes, so give a path that ends in .zarr.")
+    if not is_label:
+        _check_name(path)
     check_free(path, overwrite=overwrite)
     with _writing(path):
         if is_label:
@@ -194,6 +202,11 @@ def _create_level(group: Path, index: int, layout: Layout) -> Voxels:
         chunk_key_encoding={"name": "default" if is_v3 else "v2", "separator": "/"},
     )
     return zarr_voxels(group / str(index), array)
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix != ".zarr":
+        raise VolumeError(f"{path} is no possible output; outputs are OME-Zarr volumes, so give a path that ends in .zarr.")
 
 
 def _check_apart(path: Path, source: Path) -> None:
