@@ -23,9 +23,15 @@ METADATA_KEY = "kdunet"
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors and a JSON object about them to `path`, atomically and durably."""
-    beside = path.with_name(path.name + ".partial")
+    # not save_file, whose files only their owner may read
     content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {METADATA_KEY: json.dumps(about)})
-    with beside.open("wb") as file:  # not save_file, whose files only their owner may read
+    write_whole(path, content)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or not there, also after a power cut."""
+    beside = path.with_name(path.name + ".partial")
+    with beside.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

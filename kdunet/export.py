@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kdunet.checkpoint import load_network
+from kdunet.checkpoint import load_network, write_whole
 from kdunet.config import DataConfig, RunConfig
 from kdunet.data import load_annotated
 from kdunet.fit import CONFIG_FILE
@@ -107,7 +106,8 @@ def export_network(network: UNet, card: ModelCard, out: Path, *, crops: npt.NDAr
             f"the exported graph differs from PyTorch by {difference:.3g} in a probability (limit {MAX_DIFFERENCE:g}), "
             f"so {out} was not written; report this with the versions of torch and onnxruntime."
         )
-    _write_bytes(out, onnx_bytes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, onnx_bytes)
     return Exported(out, card, model.sha256, difference)
 
 
@@ -227,10 +227,3 @@ def _quiet_exporter() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
-    os.replace(beside, path)

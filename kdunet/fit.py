@@ -31,6 +31,7 @@ from kdunet.checkpoint import (
     save_network,
     save_tensors,
     training_state,
+    write_whole,
 )
 from kdunet.config import LossConfig, OptimConfig, RunConfig
 from kdunet.data import Annotated, Batch, CropDataset, batches, load_annotated
@@ -112,7 +113,7 @@ def fit(
             if run.step % config.validate_every == 0 or run.step == config.optim.steps:
                 metrics.add(run.step, asdict(run.validate_and_keep_best(validation)))
                 run.save_checkpoint()
-                row_began = time.monotonic()  # validation is not training time
+                wait_s, row_began = 0.0, time.monotonic()  # validation is not training time
             progress(Progress(run.step, config.optim.steps, terms["loss"], run.last))
     finished = run.step == config.optim.steps
     if not finished:
@@ -124,7 +125,7 @@ def fit(
         best=run.best,
     )
     if finished and fabric.is_global_zero:
-        _write_text(out / RESULT_FILE, json.dumps(asdict(result), indent=1) + "\n")
+        write_whole(out / RESULT_FILE, (json.dumps(asdict(result), indent=1) + "\n").encode())
     return result
 
 
@@ -305,13 +306,7 @@ def _prepare(config: RunConfig, out: Path) -> None:
     elif out.exists() and (not out.is_dir() or any(path.name != CONFIG_FILE for path in out.iterdir())):
         raise TrainingError(f"{out} exists and holds no training run; give another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    _write_text(out / CONFIG_FILE, config.to_toml())
-
-
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_whole(out / CONFIG_FILE, config.to_toml().encode())
 
 
 @contextlib.contextmanager
