@@ -7,49 +7,13 @@ between; arXiv:1505.04597, section 3.1) are one sampling of the slice, so that n
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdunet_infer.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AugmentConfig:
-    """How far a crop may be changed. Zero switches a change off; `AugmentConfig.none()` switches off all."""
-
-    flip: bool = True
-    rotate_degrees: float = 180.0
-    """Rotation is uniform within plus and minus this."""
-    scale: float = 0.2
-    """Magnification is log-uniform within 1/(1+scale) and 1+scale."""
-    elastic_px: float = 6.0
-    """Standard deviation of the displacements on the coarse grid, in pixels."""
-    elastic_spacing_px: int = 64
-    """Distance of the coarse grid's nodes."""
-    brightness: float = 20.0
-    """Grey levels (of 255) added, uniform within plus and minus this."""
-    contrast: float = 0.25
-    """Contrast is multiplied by a log-uniform factor within 1/(1+contrast) and 1+contrast."""
-    gamma: float = 0.25
-    """Exponent of the grey values, log-uniform within 1/(1+gamma) and 1+gamma."""
-    noise: float = 8.0
-    """Gaussian noise of a standard deviation uniform within 0 and this, in grey levels."""
-
-    def __post_init__(self) -> None:
-        for name in ("rotate_degrees", "scale", "elastic_px", "brightness", "contrast", "gamma", "noise"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be 0 or more.")
-        if self.elastic_spacing_px < 8:
-            raise ConfigError(f"augment.elastic_spacing_px is {self.elastic_spacing_px}; use 8 pixels or more.")
-
-    @classmethod
-    def none(cls) -> AugmentConfig:
-        """No change at all: the crop as it is in the slice."""
-        return cls(flip=False, rotate_degrees=0, scale=0, elastic_px=0, brightness=0, contrast=0, gamma=0, noise=0)
+from kdunet.config import AugmentConfig
 
 
 def warped_crop(

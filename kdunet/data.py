@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdunet.augment import AugmentConfig, changed_grey_values, warped_crop
-from kdunet.config import DataConfig, Slab
+from kdunet.augment import changed_grey_values, warped_crop
+from kdunet.config import AugmentConfig, DataConfig, Slab
 from kdunet_infer.errors import ConfigError, VolumeError, VolumeNotFound
 
 UInt8Array = npt.NDArray[np.uint8]

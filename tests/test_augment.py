@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdunet.augment import AugmentConfig, changed_grey_values, sampling_points, warped_crop
+from kdunet.augment import changed_grey_values, sampling_points, warped_crop
+from kdunet.config import AugmentConfig
 from kdunet_infer.errors import ConfigError
 
 SHAPE = (120, 150)

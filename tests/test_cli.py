@@ -252,10 +252,11 @@ def test_bad_input_of_training_is_one_sentence(
 
 
 def test_missing_training_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = "import sys; sys.modules['torch'] = None; from kdunet.__main__ import main; main()"
-    finished = subprocess.run([sys.executable, "-c", absent], capture_output=True, text=True)
-    assert finished.returncode == 1
-    assert finished.stderr == "Error: the command kdunet needs 'torch': pip install 'kdunet[train,cpu]'.\n"
+    for arguments in (["distill", "--out", str(tmp_path / "run")], ["export", "run", "-o", "x.onnx"]):
+        absent = f"import sys; sys.modules['torch'] = None; from kdunet.cli import main; main({arguments})"
+        finished = subprocess.run([sys.executable, "-c", absent], capture_output=True, text=True)
+        assert finished.returncode == 1
+        assert finished.stderr == "Error: this needs 'torch': pip install 'kdunet[train,cpu]'.\n"
 
     def lacking(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")

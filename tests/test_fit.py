@@ -15,9 +15,8 @@ import tifffile
 import torch
 
 import kdunet.fit
-from kdunet.augment import AugmentConfig
 from kdunet.checkpoint import load_network, load_tensors, save_network
-from kdunet.config import DataConfig, OptimConfig, RunConfig
+from kdunet.config import AugmentConfig, DataConfig, OptimConfig, RunConfig
 from kdunet.data import CropDataset, batches, load_annotated, slabs
 from kdunet.evaluate import slice_probability, validate
 from kdunet.fit import CHECKPOINT_FILE, CONFIG_FILE, RESULT_FILE, Progress, fit, learning_rate
