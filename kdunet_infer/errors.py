@@ -11,6 +11,7 @@ KdunetError
 │   └── ModelCardError     a card with a missing, unknown or impossible field (ValueError)
 ├── EngineError        an engine that cannot run the model, or failed while running it
 │   ├── EngineUnavailable  a runtime or device that is not here (ImportError)
+│   ├── UnsupportedModel   a network that this engine does not compute
 │   └── EngineInputError   tiles an engine cannot take (ValueError)
 ├── ConfigError        a training configuration that cannot be (ValueError)
 └── TrainingError      a training run that cannot start or go on
@@ -61,6 +62,10 @@ class EngineError(KdunetError):
 
 class EngineUnavailable(EngineError, ImportError):
     """A runtime or device that is not on this machine; the message says how to install it."""
+
+
+class UnsupportedModel(EngineError):
+    """A network that this engine does not compute; the message names one that does."""
 
 
 class EngineInputError(EngineError, ValueError):

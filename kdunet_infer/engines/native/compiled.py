@@ -1,0 +1,58 @@
+"""The kernels as machine code of this CPU: compiled once a process, in less than a second. The only file that talks to LLVM."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from kdunet_infer.engines.native.kernels import NARROW, SMALL, WIDE, Machine, module
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What can be called, and for what it was made."""
+
+    machine: Machine
+    cpu: str
+    run: Callable[[int, int, int, int, int], None]
+    """(address of the records, how many, rows per step, first step, end of the steps); lets go of the GIL."""
+    keeps: Any
+    """LLVM's own object: the code lives as long as it does."""
+
+
+def host_machine() -> Machine:
+    """The kind of machine this is."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f") and features.get("avx512bw") and features.get("avx512vl"):
+        return WIDE
+    return NARROW if features.get("avx2") and features.get("fma") else SMALL
+
+
+@functools.cache
+def compiled(machine: Machine) -> Compiled:
+    """The kernels for `machine`, which the host must be able to run."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    cpu = llvm.get_host_cpu_name()
+    # LLVM prefers 256-bit registers on some CPUs, whose clock once fell under wide loads; the blocking is made for all of them.
+    features = llvm.get_host_cpu_features().flatten() + (",-prefer-256-bit" if machine is WIDE else "")
+    target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
+    code = llvm.parse_assembly(str(module(machine, llvm.get_default_triple())))
+    code.verify()
+    builder = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=2))
+    builder.getModulePassManager().run(code, builder)
+    engine = llvm.create_mcjit_compiler(code, target)
+    engine.finalize_object()
+    signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 4)
+    return Compiled(machine, cpu, signature(engine.get_function_address("run")), engine)
+
+
+def version() -> str:
+    """Of the compiler."""
+    return f"llvmlite {llvmlite.__version__}"
