@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdunet.checkpoint import load_network, write_whole
-from kdunet.config import DataConfig, RunConfig
-from kdunet.data import load_annotated
+from kdunet.config import RunConfig
+from kdunet.data import Annotated, load_annotated
 from kdunet.fit import CONFIG_FILE
 from kdunet.unet import DoubleConv, UNet, halo, n_parameters
-from kdunet_infer.card import METADATA_KEY, ModelCard
+from kdunet_infer.card import METADATA_KEY, N_GREY_VALUES, ModelCard
 from kdunet_infer.engines import create_engine
 from kdunet_infer.errors import TrainingError
 from kdunet_infer.model import INPUT_NAME, OUTPUT_NAME, Model
@@ -35,6 +35,8 @@ OPSET = 20
 MAX_DIFFERENCE = 1e-5
 """Largest difference of a probability between PyTorch and the exported graph: float32 sums of a few hundred terms."""
 N_PARITY_CROPS = 4
+AS_STORED = "uint8 as stored"
+"""How training images came to uint8, unless an export is told: training reads nothing else."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,20 +75,27 @@ def export_run(
     name: str | None = None,
     version: str = "1.0",
     voxel_size_nm: tuple[float, float, float] | None = None,
+    grey_preparation: str = AS_STORED,
     told: Mapping[str, str] | None = None,
 ) -> Exported:
     """Export the best network of the training run in `run` as `out`, with a card made from its record.
 
-    `told` joins the card's provenance: description, licence, citation, whatever the record cannot know.
-    Parity is measured on crops of the run's own validation slab. Raises TrainingError where there is no network, where its
-    data cannot be found again, or where the exported graph differs.
+    `told` joins the card's provenance: description, licence, citation, whatever the record cannot know. `grey_preparation` says
+    what was done to the images before training read them. The card's grey histogram is that of the run's own training slab,
+    and parity is measured on crops of its validation slab. Raises TrainingError where there is no network or where the
+    exported graph differs, VolumeError or ConfigError where its data cannot be found again.
     """
     network, about = load_network(run)
     config = RunConfig.from_toml(run / CONFIG_FILE)
-    card = student_card(
-        network, about, config, name=name or out.stem, version=version, voxel_size_nm=voxel_size_nm, told=told or {}
+    training, validation = load_annotated(config.data)
+    card = student_card(network, about, config, name=name or out.stem, version=version, told=told or {})
+    card = dataclasses.replace(
+        card,
+        grey_histogram=grey_shares(training.images),
+        grey_preparation=grey_preparation,
+        voxel_size_nm=voxel_size_nm,
     )
-    return export_network(network, card, out, crops=parity_crops(config.data, network.stride))
+    return export_network(network, card, out, crops=parity_crops(validation, network.stride))
 
 
 def export_network(network: UNet, card: ModelCard, out: Path, *, crops: npt.NDArray[np.uint8]) -> Exported:
@@ -152,10 +161,9 @@ def student_card(
     *,
     name: str,
     version: str,
-    voxel_size_nm: tuple[float, float, float] | None,
     told: Mapping[str, str],
 ) -> ModelCard:
-    """The card of a trained student: grid and halo from its architecture, threshold from its validation."""
+    """What the network and its record say of a trained student: grid and halo, threshold of the validation, recipe."""
     margin = halo(network.n_levels)
     return ModelCard(
         name=name,
@@ -167,7 +175,6 @@ def student_card(
         intensity_std=float(network.std),
         n_parameters=n_parameters(network),
         architecture=about["architecture"],
-        voxel_size_nm=voxel_size_nm,
         provenance={
             **told,
             "recipe": _recipe(config),
@@ -178,9 +185,16 @@ def student_card(
     )
 
 
-def parity_crops(data: DataConfig, stride: int) -> npt.NDArray[np.uint8]:
+def grey_shares(images: npt.NDArray[np.uint8]) -> tuple[float, ...]:
+    """Share of the voxels of `images` (z, y, x) with each grey value 0 to 255, rounded to 6 significant digits."""
+    counts = np.zeros(N_GREY_VALUES, np.int64)
+    for image in images:  # counting widens its input to 8 bytes a voxel: a slice at a time
+        counts += np.bincount(image.ravel(), minlength=N_GREY_VALUES)
+    return tuple(float(f"{count / images.size:.6g}") for count in counts.tolist())
+
+
+def parity_crops(slab: Annotated, stride: int) -> npt.NDArray[np.uint8]:
     """Crops (n, y, x) uint8 of the validation slab, spread over it; sizes multiples of the stride."""
-    _, slab = load_annotated(data)
     n_slices, height, width = slab.images.shape
     y, x = (min(size, 256) // stride * stride for size in (height, width))
     if not (y and x):

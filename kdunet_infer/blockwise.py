@@ -6,7 +6,7 @@ Reading, computing and writing are separate calls, so that a run can time them a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,12 @@ from kdunet_infer.plan import Block, Plan
 UInt8Array = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 
+Range = tuple[int, int]
+"""Begin and end, half-open."""
+
 DEFAULT_BATCH_SIZE = 1
-"""Tiles handed to the engine at once. A tile of 1216 x 1216 pixels fills a CPU: more at once ran no faster in onnxruntime
-(2-Unet, 2 cores) and cost 120 MB each."""
+"""Tiles handed at once to an engine that says nothing of it. A tile of 1216 x 1216 pixels fills a CPU: more at once ran no
+faster in onnxruntime (2-Unet, 2 cores) and cost 120 MB each."""
 
 
 class Source(Protocol):
@@ -57,6 +60,26 @@ class Engine(Protocol):
 
     def describe(self) -> str:
         """One line for reports: the runtime, its version, the device and the threads."""
+
+
+@runtime_checkable
+class WindowEngine(Engine, Protocol):
+    """An engine that can leave out what only the halo would show. Optional: of any other engine the answer is cut."""
+
+    @property
+    def batch_size(self) -> int:
+        """Tiles to hand over at once."""
+
+    def infer_window(self, tiles: UInt8Array, rows: Range, columns: Range) -> Float32Array:
+        """The part `rows`, `columns` of what `infer` would return, to the same bits."""
+
+    def mask_window(self, tiles: UInt8Array, rows: Range, columns: Range, threshold: float) -> UInt8Array:
+        """1 where that is at least `threshold` rounded to float32, else 0; 255 where it is NaN."""
+
+
+def batch_size_of(engine: Engine) -> int:
+    """Tiles to hand to `engine` at once where nobody says otherwise."""
+    return engine.batch_size if isinstance(engine, WindowEngine) else DEFAULT_BATCH_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +132,25 @@ def compute_block(
     mask = np.empty(block.write_box.shape, np.uint8)
     probability = np.empty(block.write_box.shape, np.uint8) if with_probability else None
     for tile in plan.tiles(block, batch_size):
-        found = engine.infer(voxels[tile.read_box.slices_in(block.read_box)])
+        tiles = voxels[tile.read_box.slices_in(block.read_box)]
         kept_box = tile.core_box.intersection(block.write_box)
-        p = found[kept_box.slices_in(tile.read_box)]
-        if np.isnan(p.max()):  # max carries a NaN; without this the voxel would pass for background
-            raise EngineError(f"{engine.describe()} returned NaN within voxels {kept_box}; use an engine in float32.")
         kept = kept_box.slices_in(block.write_box)
-        mask[kept] = p >= np.float32(threshold)
-        if probability is not None:
-            probability[kept] = np.rint(p * np.float32(255))
+        _, rows, columns = ((part.start, part.stop) for part in kept_box.slices_in(tile.read_box))
+        if probability is None and isinstance(engine, WindowEngine):
+            mask[kept] = engine.mask_window(tiles, rows, columns, threshold)
+            is_nan = mask[kept].max() > 1
+        else:
+            p = _infer_window(engine, tiles, rows, columns)
+            mask[kept] = p >= np.float32(threshold)
+            is_nan = np.isnan(p.max())  # max carries a NaN
+            if probability is not None and not is_nan:
+                probability[kept] = np.rint(p * np.float32(255))
+        if is_nan:  # else the voxel would pass for background
+            raise EngineError(f"{engine.describe()} returned NaN within voxels {kept_box}; use an engine in float32.")
     return BlockResult(mask, probability)
+
+
+def _infer_window(engine: Engine, tiles: UInt8Array, rows: Range, columns: Range) -> Float32Array:
+    if isinstance(engine, WindowEngine):
+        return engine.infer_window(tiles, rows, columns)
+    return engine.infer(tiles)[:, slice(*rows), slice(*columns)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,10 @@ from kdunet_infer.errors import ModelCardError
 from kdunet_infer.geometry import ZYX
 
 METADATA_KEY = "kdunet"
-CARD_FORMAT = 1
-"""Raised when a field changes its meaning; a card of a newer format is refused, never guessed at."""
+CARD_FORMAT = 2
+"""Raised when a field is added or changes its meaning; older cards are read, newer ones refused, never guessed at."""
+
+N_GREY_VALUES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,10 @@ class ModelCard:
     """Mean of the training images on their uint8 scale; the graph subtracts it itself."""
     intensity_std: float = 1.0
     """Standard deviation of the training images on their uint8 scale; the graph divides by it itself."""
+    grey_histogram: tuple[float, ...] = ()
+    """Share of the training images' pixels with each grey value 0 to 255, 6 significant digits; empty where it is not known."""
+    grey_preparation: str = ""
+    """How the training images came to uint8, in words; empty where it is not known."""
     voxel_size_nm: tuple[float, float, float] | None = None
     """Voxel size of the training images, zyx; None where it is not known."""
     n_parameters: int = 0
@@ -58,6 +65,7 @@ class ModelCard:
                 )
         if not 0.0 < self.threshold < 1.0:
             raise ModelCardError(f"threshold {self.threshold} is not between 0 and 1; re-export the model with one that is.")
+        _check_histogram(self.grey_histogram)
 
     def to_json(self) -> str:
         """One line of JSON with sorted keys: the same card gives the same bytes."""
@@ -67,14 +75,16 @@ class ModelCard:
     def from_json(cls, text: str) -> ModelCard:
         """Read a card.
 
-        Raises ModelCardError for text that is no JSON object, a newer format, and missing, unknown or impossible fields.
+        Cards of earlier formats lack the fields that came later, and are read. Raises ModelCardError for text that is no JSON
+        object, a newer format, and missing, unknown or impossible fields.
         """
         try:
             found = json.loads(text)
         except json.JSONDecodeError as exc:
             raise ModelCardError(f"the model card is not JSON ({exc}); re-export the model.") from exc
-        if not isinstance(found, dict) or found.pop("format", None) != CARD_FORMAT:
-            raise ModelCardError(f"the model card is not of format {CARD_FORMAT}; update kdunet or re-export the model.")
+        if not isinstance(found, dict):
+            raise ModelCardError(f"the model card is a {type(found).__name__}, not a JSON object; re-export the model.")
+        _check_format(found.pop("format", None))
         known = {f.name: f for f in dataclasses.fields(cls)}
         required = {"name", "version", "stride_zyx", "halo_zyx", "threshold"}
         if unknown := sorted(found.keys() - known.keys()):
@@ -87,6 +97,27 @@ class ModelCard:
             if isinstance(exc, ModelCardError):
                 raise
             raise ModelCardError(f"the model card has a field of the wrong kind ({exc}); re-export the model.") from exc
+
+
+def _check_format(found: Any) -> None:
+    if type(found) is not int or found < 1:
+        raise ModelCardError(f"the model card has no format that is known (it says {found!r}); re-export the model.")
+    if found > CARD_FORMAT:
+        raise ModelCardError(
+            f"the model card is of format {found}, newer than this kdunet, which reads up to {CARD_FORMAT}; update kdunet."
+        )
+
+
+def _check_histogram(shares: tuple[float, ...]) -> None:
+    """Refuse a histogram that is there and is not 256 shares of a whole."""
+    if not isinstance(shares, tuple) or len(shares) not in (0, N_GREY_VALUES):
+        found = f"{len(shares)} entries" if isinstance(shares, tuple) else repr(shares)
+        raise ModelCardError(f"grey_histogram has {found}, not {N_GREY_VALUES}; re-export the model.")
+    for value, share in enumerate(shares):
+        if type(share) not in (int, float) or not 0 <= share < math.inf:
+            raise ModelCardError(f"grey_histogram has {share!r} for grey value {value}, not a share; re-export the model.")
+    if shares and not math.isclose(sum(shares), 1, abs_tol=1e-3):  # far above what rounding each to 6 digits can lose
+        raise ModelCardError(f"grey_histogram sums to {sum(shares):g}, not 1; re-export the model.")
 
 
 def _frozen(value: Any) -> Any:

@@ -9,6 +9,9 @@ Everything here is a sum over voxels, so a volume of any size is scored one bloc
 
 One rule decides every 0/0: finding nothing where there is nothing is perfect (1), any other 0/0 is worth nothing (0). So no
 foreground in prediction and truth gives 1 four times, and foreground in only one of the two gives 0 four times.
+
+Which voxels count can be narrowed: to a roi, to where a mask is not 0, and to those that lie far enough from the truth's
+boundaries for annotators to agree on them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kdunet_infer.errors import ConfigError, EngineError, VolumeError
+from kdunet_infer.boundary import near_boundary
+from kdunet_infer.errors import ConfigError, EngineError, GeometryError, VolumeError
 from kdunet_infer.geometry import ZYX, Box
 
 LabelArray = npt.NDArray[Any]
@@ -106,27 +110,39 @@ class Confusion:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """A prediction held against its truth: counts of the whole volume and of each slice."""
+    """A prediction held against its truth: counts of the whole volume, or of a roi of it, and of each slice."""
 
     confusion: Confusion
-    """Pooled over all voxels: the sum of `per_slice`."""
+    """Pooled over all voxels that count: the sum of `per_slice`."""
     per_slice: tuple[Confusion, ...]
-    """One for each z, in order."""
+    """One for each z of the volume, or of the roi, in order."""
     foreground: int | None = None
     """The truth's value that was taken for foreground; None: every value but 0."""
+    n_excluded: int = 0
+    """Voxels that did not count, by the mask or the tolerance."""
+    tolerance: int = 0
+    """Voxels; how near to a boundary of the truth a voxel did not count."""
+    roi: Box | None = None
+    """What was compared; None: all."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON. The four scores are pooled over all voxels; `per_slice_iou` has one IoU for each z."""
+        """Plain values for JSON. The four scores are pooled over all voxels that count.
+
+        `per_slice_iou` has one IoU for each z, None where no voxel of the slice counts.
+        """
         pooled = self.confusion
         return {
             "iou": pooled.iou,
             "dice": pooled.dice,
             "precision": pooled.precision,
             "recall": pooled.recall,
-            "per_slice_iou": [counts.iou for counts in self.per_slice],
+            "per_slice_iou": [counts.iou if counts.n_voxels else None for counts in self.per_slice],
             "n_voxels": pooled.n_voxels,
+            "n_voxels_excluded": self.n_excluded,
             "foreground_fraction_prediction": (pooled.tp + pooled.fp) / max(1, pooled.n_voxels),
             "foreground_fraction_truth": (pooled.tp + pooled.fn) / max(1, pooled.n_voxels),
+            "tolerance": self.tolerance,
+            "roi": None if self.roi is None else str(self.roi),
         }
 
 
@@ -168,30 +184,49 @@ def evaluate_volumes(
     truth: Labels,
     *,
     foreground: int | None = None,
+    mask: Labels | None = None,
+    tolerance: int = 0,
+    roi: Box | None = None,
     progress: Callable[[int, int], None] | None = None,
     block_voxels: int = BLOCK_VOXELS,
 ) -> Scores:
-    """Score a whole volume, holding at most `block_voxels` voxels of each of the two at a time.
+    """Score a volume, or the box `roi` of it, holding at most `block_voxels` voxels of each volume at a time.
+
+    Only voxels where `mask` is not 0 count. With a `tolerance` of 1 or more, voxels do not count that have a voxel of the other
+    class of the truth in their slice within this distance, in pixels from centre to centre: a tolerance of 1 leaves out the
+    pixels on both sides of every boundary. It is measured in each slice (y, x) alone, because sections are often thicker than
+    pixels; in the whole truth, also outside roi and mask; and the volume's faces are no boundary. The truth is then read with
+    as many voxels more around each block.
 
     `progress` is called after each block with the voxels done and the voxels in all.
-    Raises VolumeError where the shapes differ or the labels are neither integers nor booleans.
+    Raises VolumeError where the shapes differ, labels or mask are neither integers nor booleans, or no voxel is left to count,
+    GeometryError for a roi that leaves the volume or is empty, ConfigError for a negative tolerance.
     """
     _check_same_shape("prediction", prediction.shape, "truth", truth.shape)
-    whole = Box.of_shape(prediction.shape)
-    per_slice = [Confusion()] * prediction.shape[0]
+    if mask is not None:
+        _check_same_shape("mask", mask.shape, "truth", truth.shape)
+    if tolerance < 0:
+        raise ConfigError(f"tolerance is {tolerance}; it must be 0 (every voxel counts) or a number of voxels.")
+    whole = Box.of_shape(truth.shape)
+    region = whole if roi is None else _checked_roi(roi, whole)
+    per_slice = [Confusion()] * region.shape[0]
     n_done = 0
-    for box in whole.split(_block_shape(whole.shape, prediction.chunk_shape, truth.chunk_shape, block_voxels)):
+    chunk_shapes = [volume.chunk_shape for volume in (prediction, truth, mask) if volume is not None]
+    for box in _blocks(region, whole, chunk_shapes, block_voxels):
         try:
-            counts = slice_confusions(prediction.read(box), truth.read(box), foreground)
+            counts = _compare(prediction, truth, box, foreground, mask, tolerance)
         except Exception as exc:
             exc.add_note(f"while comparing prediction and truth at voxels {box} (z,y,x)")
             raise
-        for z, slice_counts in enumerate(counts, start=box.begin[0]):
-            per_slice[z] += slice_counts
+        for i, slice_counts in enumerate(counts, start=box.begin[0] - region.begin[0]):
+            per_slice[i] += slice_counts
         n_done += box.n_voxels
         if progress is not None:
-            progress(n_done, whole.n_voxels)
-    return Scores(sum(per_slice, Confusion()), tuple(per_slice), foreground)
+            progress(n_done, region.n_voxels)
+    pooled = sum(per_slice, Confusion())
+    if not pooled.n_voxels and region.n_voxels:
+        raise VolumeError(f"none of the {region.n_voxels} voxels {region} counts: {_why_none(mask is not None, tolerance)}.")
+    return Scores(pooled, tuple(per_slice), foreground, region.n_voxels - pooled.n_voxels, tolerance, roi)
 
 
 def agreement(a: LabelArray, b: LabelArray) -> float:
@@ -294,10 +329,45 @@ class CrossEntropy:
         return self._sum / self._n_voxels
 
 
-def _check_labels(labels: LabelArray) -> None:
+def _compare(
+    prediction: Labels, truth: Labels, box: Box, foreground: int | None, mask: Labels | None, tolerance: int
+) -> list[Confusion]:
+    """Counts of each slice of `box`."""
+    if mask is None and not tolerance:
+        return slice_confusions(prediction.read(box), truth.read(box), foreground)
+    around = box.grown((0, tolerance, tolerance)).intersection(Box.of_shape(truth.shape))
+    true_around = foreground_mask(truth.read(around), foreground)
+    inside = box.slices_in(around)
+    counts = ~near_boundary(true_around, tolerance)[inside]
+    if mask is not None:
+        within = mask.read(box)
+        _check_labels(within, "the mask has")
+        counts &= within != 0
+    slices = zip(prediction.read(box), true_around[inside], counts, strict=True)
+    return [confusion(predicted[kept], true[kept]) for predicted, true, kept in slices]
+
+
+def _why_none(has_mask: bool, tolerance: int) -> str:
+    if not tolerance:
+        return "the mask is 0 at all of them; give a mask that is not 0 where to compare"
+    near = f"within {tolerance} voxel{'s' * (tolerance != 1)} of a boundary of the truth"
+    if not has_mask:
+        return f"all lie {near}; lower the tolerance"
+    return f"all lie where the mask is 0 or {near}; give a larger mask or lower the tolerance"
+
+
+def _checked_roi(roi: Box, whole: Box) -> Box:
+    if not whole.contains(roi):
+        raise GeometryError(f"region of interest {roi} leaves the volume of {whole.shape} voxels; choose one inside {whole}.")
+    if roi.n_voxels == 0:
+        raise GeometryError(f"region of interest {roi} holds no voxels; give begin:end with end > begin along each axis.")
+    return roi
+
+
+def _check_labels(labels: LabelArray, subject: str = "labels have") -> None:
     if labels.dtype.kind not in "biu":
         raise VolumeError(
-            f"labels have dtype {labels.dtype}, but only integers and booleans say what is foreground; "
+            f"{subject} dtype {labels.dtype}, but only integers and booleans say what is foreground; "
             "threshold probabilities first."
         )
 
@@ -311,12 +381,22 @@ def _check_same_shape(name_a: str, a: tuple[int, ...], name_b: str, b: tuple[int
         )
 
 
-def _block_shape(shape: ZYX, chunk_a: ZYX, chunk_b: ZYX, block_voxels: int) -> ZYX:
+def _blocks(region: Box, whole: Box, chunk_shapes: Sequence[ZYX], block_voxels: int) -> Iterator[Box]:
+    """What to compare at once, in order; cut where chunks are cut, also when the region begins in the middle of one."""
+    z, y, x = (max(1, *lengths) for lengths in zip(*chunk_shapes, strict=True))
+    frame = region.snapped((z, y, x)).intersection(whole)
+    for box in frame.split(_block_shape(frame.shape, (z, y, x), block_voxels)):
+        block = box.intersection(region)
+        if block.n_voxels:
+            yield block
+
+
+def _block_shape(shape: ZYX, chunk_shape: ZYX, block_voxels: int) -> ZYX:
     """Voxels to compare at once: whole chunks, as many as fit, x first and z last, so that small planes come as whole slabs.
 
     Chunks that do not fit are cut, thinner in z first: slower, since a chunk is then read more than once, but bounded.
     """
-    block = [max(1, min(size, max(a, b))) for size, a, b in zip(shape, chunk_a, chunk_b, strict=True)]
+    block = [max(1, min(size, chunk)) for size, chunk in zip(shape, chunk_shape, strict=True)]
     for axis in (2, 1, 0):
         n_chunks = block_voxels // prod(block)
         block[axis] = min(max(1, shape[axis]), block[axis] * max(1, n_chunks))

@@ -90,20 +90,23 @@ def write_slices_png(
     """Draw the slices with the best, median and worst IoU side by side, with captions and a legend.
 
     Slices without any foreground are left out if there are others: their IoU of 1 says nothing. Reads the drawn slices only, in
-    strips, and scales large ones down. `scores` must come from these two volumes; image None draws on dark grey.
+    strips, and scales large ones down. `scores` must come from these two volumes; of a roi only its part of a slice is drawn.
+    Voxels that did not count are drawn like others, but the scores beside the pictures leave them out. image None draws on dark
+    grey.
     Raises VolumeError where shapes differ or there is nothing to draw, KdunetError for a path that cannot be written.
     """
     _check_same_volume(image, prediction, truth, scores)
+    drawn = _drawn_box(prediction, scores)
+    (z0, y0, x0), (_, y1, x1) = drawn.begin, drawn.end
     chosen = notable_slices(scores.per_slice)
-    panels = [_painted(_slice_layers(z, image, prediction, truth, scores.foreground), CONFUSION_INKS) for z in chosen.values()]
-    captions = [f"{name}: slice {z}, IoU {scores.per_slice[z].iou:.3f}" for name, z in chosen.items()]
-    n_slices = len(scores.per_slice)
-    note = f"IoU {scores.confusion.iou:.3f} over {'the only slice' if n_slices == 1 else f'all {n_slices} slices'}"
-    _write_png(path, _sheet(panels, captions, CONFUSION_INKS, note))
+    boxes = [Box((z0 + i, y0, x0), (z0 + i + 1, y1, x1)) for i in chosen.values()]
+    panels = [_painted(_slice_layers(box, image, prediction, truth, scores.foreground), CONFUSION_INKS) for box in boxes]
+    captions = [f"{name}: slice {z0 + i}, IoU {scores.per_slice[i].iou:.3f}" for name, i in chosen.items()]
+    _write_png(path, _sheet(panels, captions, CONFUSION_INKS, _note(scores)))
 
 
 def notable_slices(per_slice: Sequence[Confusion]) -> dict[str, int]:
-    """The z of the `best`, `median` (lower of two) and `worst` slice by IoU; of two slices no median, of one the `only` slice.
+    """Which of `per_slice` is the `best`, `median` (lower of two) and `worst` by IoU; of two no median, of one the `only`.
 
     Slices with foreground in truth or prediction are preferred, so that an empty slice is not the best.
     """
@@ -129,7 +132,8 @@ def _check_same_volume(image: Source | None, prediction: Labels, truth: Labels, 
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise VolumeError(f"the volumes to draw differ in shape: {listed}; give the same region of all of them.")
-    if len(scores.per_slice) != prediction.shape[0]:
+    drawn = _drawn_box(prediction, scores)
+    if len(scores.per_slice) != drawn.shape[0] or not Box.of_shape(prediction.shape).contains(drawn):
         raise VolumeError(
             f"the scores are of {len(scores.per_slice)} slices and the prediction has {prediction.shape[0]}; "
             "draw the volumes that were evaluated."
@@ -138,6 +142,20 @@ def _check_same_volume(image: Source | None, prediction: Labels, truth: Labels, 
         raise VolumeError(
             f"the prediction has shape {prediction.shape}, so there is no slice to draw; give a region with voxels."
         )
+
+
+def _drawn_box(prediction: Labels, scores: Scores) -> Box:
+    return Box.of_shape(prediction.shape) if scores.roi is None else scores.roi
+
+
+def _note(scores: Scores) -> str:
+    n_slices = len(scores.per_slice)
+    note = f"IoU {scores.confusion.iou:.3f} over {'the only slice' if n_slices == 1 else f'all {n_slices} slices'}"
+    if scores.roi is not None:
+        note += f" of {scores.roi}"
+    if scores.n_excluded:
+        note += f", {scores.n_excluded / (scores.n_excluded + scores.confusion.n_voxels):.1%} of the voxels not counted"
+    return note
 
 
 def _layers(image: UInt8Array | None, prediction: LabelArray, truth: LabelArray | None, foreground: int | None) -> Float32Array:
@@ -171,9 +189,11 @@ def _check_drawable(image: UInt8Array | None, prediction: LabelArray, truth: Lab
         )
 
 
-def _slice_layers(z: int, image: Source | None, prediction: Labels, truth: Labels, foreground: int | None) -> Float32Array:
-    """The layers of slice z, as large as a panel. Read strip by strip and shrunk at once, so that planes may be of any size."""
-    y, x = prediction.shape[1:]
+def _slice_layers(
+    slice_box: Box, image: Source | None, prediction: Labels, truth: Labels, foreground: int | None
+) -> Float32Array:
+    """The layers of one slice, as large as a panel. Read strip by strip and shrunk at once, so that it may be of any size."""
+    y, x = slice_box.shape[1:]
     # Whole-number means first, down to no less than two panels; the resampling filter then has enough left to be crisp.
     factor = max(1, min(y, x, max(y, x) // (2 * PANEL_SIDE)))
     n_rows = factor * max(1, STRIP_VOXELS // (factor * x))
@@ -182,7 +202,7 @@ def _slice_layers(z: int, image: Source | None, prediction: Labels, truth: Label
             _layers(None if image is None else image.read_box(box)[0], prediction.read(box)[0], truth.read(box)[0], foreground),
             factor,
         )
-        for box in Box((z, 0, 0), (z + 1, y, x)).split((1, n_rows, x))
+        for box in slice_box.split((1, n_rows, x))
     ]
     return _enlarged(_shrunk(np.concatenate(strips, axis=1)))
 

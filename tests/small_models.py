@@ -30,9 +30,9 @@ def small_card(levels: int, halo: int | None = None) -> ModelCard:
     return ModelCard(name="small", version="1", stride_zyx=(1, stride, stride), halo_zyx=(0, halo, halo), threshold=0.5)
 
 
-def unet_onnx(levels: int, width: int, card: ModelCard | None = None) -> onnx.ModelProto:
+def unet_onnx(levels: int, width: int, card: ModelCard | None = None, *, seed: int = 7) -> onnx.ModelProto:
     """Image uint8 (n, 1, y, x) -> foreground float32 (n, 1, y, x); zero padding, max-pooling, transposed convolutions."""
-    net = _Net()
+    net = _Net(seed)
     net.add("Cast", ["image"], "scaled", to=TensorProto.FLOAT)
     net.add("Sub", ["scaled", net.weight(np.float32(128))], "centred")
     net.add("Div", ["centred", net.weight(np.float32(64))], "normalised")
@@ -56,10 +56,10 @@ def unet_onnx(levels: int, width: int, card: ModelCard | None = None) -> onnx.Mo
 class _Net:
     """Nodes and weights of a graph in the making; every method returns the name of its output."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
-        self._rng = np.random.default_rng(7)
+        self._rng = np.random.default_rng(seed)
 
     def add(self, op: str, inputs: list[str], output: str = "", **attributes: object) -> str:
         output = output or f"{op}_{len(self.nodes)}"

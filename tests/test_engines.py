@@ -160,6 +160,7 @@ def test_a_missing_runtime_says_how_to_install_it(model: Model, monkeypatch: pyt
     says = r"^Engine 'onnxruntime' needs 'onnxruntime': pip install 'kdunet\[cpu\]' \(or 'kdunet\[gpu\]' on NVIDIA\)\.$"
     with pytest.raises(EngineUnavailable, match=says):
         create_engine("onnxruntime", model)
+    monkeypatch.setattr(kdunet_infer.engines, "FASTEST_FIRST", (("onnxruntime", {"device": "cpu"}),))
     with pytest.raises(EngineUnavailable, match=r"^No engine works here\. Engine 'onnxruntime' needs 'onnxruntime'"):
         create_engine("auto", model)
 

@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tifffile
 import torch
 
 import kdunet.export
-from kdunet.export import MAX_DIFFERENCE, export_network, folded, onnx_graph
+from kdunet.checkpoint import NETWORK_FILE, save_network
+from kdunet.config import DataConfig, RunConfig
+from kdunet.export import AS_STORED, MAX_DIFFERENCE, export_network, export_run, folded, grey_shares, onnx_graph
+from kdunet.fit import CONFIG_FILE
 from kdunet.unet import UNet, halo
 from kdunet_infer.card import ModelCard
 from kdunet_infer.engines import create_engine
@@ -119,3 +123,29 @@ class TestExportedStudent(EngineContract):
 
     def make(self, model: Model) -> object:
         return create_engine("onnxruntime", model, device="cpu", n_threads=1)
+
+
+def test_card_tells_the_grey_values_of_the_training_slab_alone(network: UNet, tmp_path: Path) -> None:
+    images = np.concatenate([noise((4, 48, 64)) // 2, np.full((2, 48, 64), 255, np.uint8)])
+    for name, stack in (("images", images), ("labels", np.eye(48, 64, dtype=np.uint8)[None].repeat(6, axis=0))):
+        tifffile.imwrite(tmp_path / f"{name}.tif", stack, photometric="minisblack")
+    data = DataConfig(
+        images=str(tmp_path / "images.tif"),
+        labels=str(tmp_path / "labels.tif"),
+        train_slices=(0, 4),
+        validation_slices=(4, 6),
+    )
+    (tmp_path / CONFIG_FILE).write_text(RunConfig(width=1, data=data).to_toml())
+    about = {"validation": {"threshold": 0.5, "iou": 0.8}, "step": 1, "foreground_fraction": 0.1}
+    save_network(tmp_path / NETWORK_FILE, network, about)
+    exported = export_run(tmp_path, tmp_path / "student.onnx", voxel_size_nm=(50.0, 4.0, 4.0))
+    card = Model.load(exported.path).card
+    want, _ = np.histogram(images[:4], bins=np.arange(257), density=True)
+    np.testing.assert_allclose(card.grey_histogram, want, rtol=1e-5)
+    assert card.grey_preparation == AS_STORED
+    assert card.voxel_size_nm == (50.0, 4.0, 4.0)
+
+
+def test_shares_are_rounded_to_six_digits() -> None:
+    shares = grey_shares(np.array([[[0, 0, 255]]], np.uint8))
+    assert (shares[0], shares[255], sum(shares[1:255])) == (0.666667, 0.333333, 0.0)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 from scipy.spatial.distance import dice, jaccard
 
 from kdunet_infer import metrics
-from kdunet_infer.errors import ConfigError, EngineError, VolumeError
+from kdunet_infer.errors import ConfigError, EngineError, GeometryError, VolumeError
 from kdunet_infer.geometry import Box
 from kdunet_infer.metrics import (
     Confusion,
@@ -210,8 +212,27 @@ def test_scores_as_a_dictionary() -> None:
         "recall": 1 / 3,
         "per_slice_iou": [0.25, 1.0],
         "n_voxels": 8,
+        "n_voxels_excluded": 0,
         "foreground_fraction_prediction": 0.25,
         "foreground_fraction_truth": 0.375,
+        "tolerance": 0,
+        "roi": None,
+    }
+    narrowed = evaluate_volumes(
+        ArrayLabels(prediction), ArrayLabels(truth), mask=ArrayLabels(truth), tolerance=1, roi=Box((0, 0, 1), (2, 1, 4))
+    )
+    assert narrowed.to_dict() == {
+        "iou": 0.0,
+        "dice": 0.0,
+        "precision": 0.0,
+        "recall": 0.0,
+        "per_slice_iou": [0.0, None],  # no voxel of the second slice counts
+        "n_voxels": 1,
+        "n_voxels_excluded": 5,
+        "foreground_fraction_prediction": 0.0,
+        "foreground_fraction_truth": 1.0,
+        "tolerance": 1,
+        "roi": "0:2,0:1,1:4",
     }
 
 
@@ -219,6 +240,159 @@ def test_a_volume_without_voxels_has_scores() -> None:
     empty = ArrayLabels(np.zeros((0, 4, 4), bool))
     found = evaluate_volumes(empty, empty).to_dict()
     assert (found["iou"], found["n_voxels"], found["foreground_fraction_truth"]) == (1, 0, 0)
+
+
+# What counts
+
+
+def far_from_boundaries(true, tolerance):
+    """Slice by slice by scipy: where the nearest pixel of the other class is further than the tolerance."""
+    if not tolerance:
+        return np.ones_like(true)
+    far = np.ones_like(true)
+    for kept, truth_slice in zip(far, true, strict=True):
+        for one_class in (truth_slice, ~truth_slice):
+            if not one_class.all():  # else there is no other class to be near to
+                kept &= ~one_class | (ndimage.distance_transform_edt(one_class) > tolerance)
+    return far
+
+
+@st.composite
+def volumes_to_compare(draw):
+    """Prediction, truth of the labels 0 to 2 in patches, and mask: of one shape."""
+    shape = draw(hnp.array_shapes(min_dims=3, max_dims=3, max_side=12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    patches = ndimage.zoom(rng.integers(0, 3, shape), (1, 3, 3), order=0)[:, : shape[1], : shape[2]].astype(np.uint8)
+    mask = rng.random(shape) < draw(st.sampled_from([0.1, 0.9]))
+    mask.flat[rng.integers(mask.size)] = True
+    return rng.random(shape) < 0.5, patches, mask
+
+
+@given(volumes_to_compare(), CHUNKS, CHUNKS, CHUNKS, st.integers(1, 400))
+def test_only_voxels_of_the_mask_count(volumes, chunks_a, chunks_b, chunks_c, block_voxels) -> None:
+    prediction, truth, mask = volumes
+    scores = evaluate_volumes(
+        ArrayLabels(prediction, chunks_a),
+        ArrayLabels(truth, chunks_b),
+        mask=ArrayLabels(mask * np.int16(-3), chunks_c),
+        block_voxels=block_voxels,
+    )
+    assert scores.confusion == confusion(prediction[mask], truth[mask])
+    assert scores.per_slice == tuple(confusion(p[m], t[m]) for p, t, m in zip(prediction, truth, mask, strict=True))
+    assert scores.n_excluded == np.count_nonzero(~mask)
+
+
+@given(volumes_to_compare(), st.integers(0, 9), CHUNKS, st.integers(1, 400), st.sampled_from([None, 2]))
+def test_voxels_near_a_boundary_of_the_truth_do_not_count(volumes, tolerance, chunks, block_voxels, foreground) -> None:
+    prediction, truth, mask = volumes
+    true = truth != 0 if foreground is None else truth == foreground
+    counts = far_from_boundaries(true, tolerance) & mask
+    arrays = ArrayLabels(prediction), ArrayLabels(truth, chunks)
+    given_all = {"foreground": foreground, "mask": ArrayLabels(mask), "tolerance": tolerance, "block_voxels": block_voxels}
+    if not counts.any():
+        with pytest.raises(VolumeError, match=r"none of the .* counts"):
+            evaluate_volumes(*arrays, **given_all)
+        return
+    scores = evaluate_volumes(*arrays, **given_all)
+    assert scores.confusion == confusion(prediction[counts], true[counts])
+    assert scores.per_slice == tuple(confusion(p[c], t[c]) for p, t, c in zip(prediction, true, counts, strict=True))
+    assert (scores.n_excluded, scores.tolerance) == (np.count_nonzero(~counts), tolerance)
+
+
+@given(st.data(), volumes_to_compare(), st.integers(0, 3), CHUNKS, st.integers(1, 400))
+def test_a_roi_is_scored_within_its_true_surroundings(data, volumes, tolerance, chunks, block_voxels) -> None:
+    prediction, truth, _ = volumes
+    ranges = [data.draw(st.tuples(st.integers(0, n - 1), st.integers(1, n)).filter(lambda r: r[0] < r[1])) for n in truth.shape]
+    roi = Box(tuple(a for a, _ in ranges), tuple(b for _, b in ranges))
+    within = tuple(slice(a, b) for a, b in ranges)
+    counts = far_from_boundaries(truth != 0, tolerance)[within]
+    hypothesis.assume(counts.any())
+    volumes = ArrayLabels(prediction, chunks), ArrayLabels(truth)
+    scores = evaluate_volumes(*volumes, tolerance=tolerance, roi=roi, block_voxels=block_voxels)
+    assert scores.confusion == confusion(prediction[within][counts], truth[within][counts])
+    assert len(scores.per_slice) == roi.shape[0]
+    assert sum(scores.per_slice, Confusion()) == scores.confusion
+    assert scores.n_excluded == np.count_nonzero(~counts)
+    assert scores.roi == roi
+    assert all(roi.contains(box) for box in volumes[0].boxes)
+
+
+def test_blocks_of_a_roi_are_cut_where_chunks_are() -> None:
+    labels = ArrayLabels(np.zeros((8, 16, 16), bool), (4, 8, 8))
+    evaluate_volumes(labels, labels, roi=Box((1, 3, 0), (8, 16, 10)), block_voxels=4 * 8 * 8)
+    assert [box.begin for box in labels.boxes[::4]] == [(1, 3, 0), (1, 8, 0), (4, 3, 0), (4, 8, 0)]
+    assert {box.n_voxels for box in labels.boxes} <= set(range(4 * 8 * 8 + 1))
+
+
+def test_chunks_of_the_mask_are_not_cut_either() -> None:
+    labels, mask = (ArrayLabels(np.ones((8, 16, 16), bool), chunks) for chunks in ((2, 4, 4), (4, 8, 8)))
+    evaluate_volumes(labels, labels, mask=mask, block_voxels=4 * 8 * 8)
+    assert {box.shape for box in mask.boxes} == {(4, 8, 8)}
+
+
+def test_progress_of_a_roi_counts_its_voxels() -> None:
+    calls, labels = [], ArrayLabels(np.zeros((6, 6, 6), bool))
+    roi = Box((1, 1, 1), (4, 5, 6))
+    evaluate_volumes(labels, labels, roi=roi, progress=lambda *done: calls.append(done), block_voxels=9)
+    assert calls[-1] == (roi.n_voxels, roi.n_voxels)
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "error", "says"),
+    [
+        (
+            {"mask": np.ones((2, 4, 3), bool)},
+            VolumeError,
+            r"mask has shape \(2, 4, 3\) and truth \(2, 4, 4\), so .*; compare the same region",
+        ),
+        (
+            {"mask": np.zeros((2, 4, 4), bool)},
+            VolumeError,
+            "none of the 32 voxels 0:2,0:4,0:4 counts: the mask is 0 at all of them; give a mask that is not 0 where",
+        ),
+        (
+            {"tolerance": 1},
+            VolumeError,
+            "none of the 32 voxels 0:2,0:4,0:4 counts: all lie within 1 voxel of a boundary of the truth; lower the tolerance",
+        ),
+        (
+            {"tolerance": 2, "mask": np.ones((2, 4, 4), bool), "roi": Box((0, 0, 0), (2, 4, 3))},
+            VolumeError,
+            r"none of the 24 voxels .* counts: all lie where the mask is 0 or within 2 voxels of a boundary of the truth; "
+            "give a larger mask or lower the tolerance",
+        ),
+        ({"tolerance": -1}, ConfigError, r"tolerance is -1; it must be 0 \(every voxel counts\) or a number of voxels"),
+        (
+            {"roi": Box((0, 0, 0), (2, 4, 5))},
+            GeometryError,
+            r"region of interest 0:2,0:4,0:5 leaves the volume of \(2, 4, 4\) voxels; choose one inside 0:2,0:4,0:4",
+        ),
+        (
+            {"roi": Box((0, 1, 0), (2, 1, 4))},
+            GeometryError,
+            "region of interest 0:2,1:1,0:4 holds no voxels; give begin:end with end > begin along each axis",
+        ),
+        (
+            {"mask": np.ones((2, 4, 4))},
+            VolumeError,
+            "the mask has dtype float64, but only integers and booleans say what is foreground; threshold",
+        ),
+    ],
+    ids=["mask-shape", "mask-empty", "tolerance-all", "both", "negative", "roi-outside", "roi-empty", "mask-float"],
+)
+def test_what_leaves_nothing_to_compare_is_refused(narrowed, error, says) -> None:
+    checkers = ArrayLabels(np.indices((2, 4, 4)).sum(axis=0) % 2)
+    if "mask" in narrowed:
+        narrowed = narrowed | {"mask": ArrayLabels(narrowed["mask"])}
+    with pytest.raises(error, match=says):
+        evaluate_volumes(checkers, checkers, **narrowed)
+
+
+def test_probabilities_are_no_labels_under_a_mask_either() -> None:
+    floats, mask = ArrayLabels(np.ones((2, 4, 4), np.float32)), ArrayLabels(np.ones((2, 4, 4), bool))
+    for volumes in ((floats, mask), (mask, floats)):
+        with pytest.raises(VolumeError, match="labels have dtype float32"):
+            evaluate_volumes(*volumes, mask=mask)
 
 
 # Agreement

@@ -227,6 +227,35 @@ def test_captions_name_the_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert texts[-1].endswith("over the only slice")
 
 
+def test_of_a_roi_only_the_roi_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = []
+    monkeypatch.setattr(report.ImageDraw.ImageDraw, "text", lambda self, xy, text, **how: texts.append(text))
+    volumes = noisy_volumes()
+    roi = Box((4, 5, 10), (8, 35, 30))
+    scores = evaluate_volumes(*volumes[1:], roi=roi)
+    write_slices_png(tmp_path / "roi.png", *volumes, scores)
+    assert texts[-1] == f"IoU {scores.confusion.iou:.3f} over all 4 slices of 4:8,5:35,10:30"
+    wanted = [
+        f"{name}: slice {4 + i}, IoU {scores.per_slice[i].iou:.3f}" for name, i in notable_slices(scores.per_slice).items()
+    ]
+    assert texts[:3] == wanted
+    cut = [ArrayVolume(volume.voxels[4:8, 5:35, 10:30]) for volume in volumes]
+    write_slices_png(tmp_path / "cut.png", *cut, evaluate_volumes(*cut[1:]))
+    places = [{"top": MARGIN + 24, "left": MARGIN + i * (17 * 20 + MARGIN)} for i in range(3)]
+    for place in places:
+        roi_panel, cut_panel = (pixels(tmp_path / name, 17 * 30, 17 * 20, **place) for name in ("roi.png", "cut.png"))
+        assert (roi_panel == cut_panel).all()
+
+
+def test_the_note_says_what_was_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = []
+    monkeypatch.setattr(report.ImageDraw.ImageDraw, "text", lambda self, xy, text, **how: texts.append(text))
+    image, prediction, truth = noisy_volumes()
+    half = ArrayVolume(np.arange(50) < np.full((9, 40, 1), 25))
+    write_slices_png(tmp_path / "slices.png", image, prediction, truth, evaluate_volumes(prediction, truth, mask=half))
+    assert texts[-1].endswith("over all 9 slices, 50.0% of the voxels not counted")
+
+
 def test_captions_are_drawn_above_the_pictures(tmp_path: Path) -> None:
     volumes = noisy_volumes((3, 64, 64))
     write_slices_png(tmp_path / "slices.png", *volumes, evaluate_volumes(*volumes[1:]))
@@ -315,6 +344,9 @@ def test_slices_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         VolumeError, match="scores are of 2 slices and the prediction has 9; draw the volumes that were evaluated"
     ):
         write_slices_png(path, image, prediction, truth, Scores(Confusion(), (Confusion(),) * 2))
+    outside = Scores(Confusion(), (Confusion(),) * 2, roi=Box((8, 0, 0), (10, 4, 4)))
+    with pytest.raises(VolumeError, match="scores are of 2 slices and the prediction has 9; draw the volumes"):
+        write_slices_png(path, image, prediction, truth, outside)
     empty = ArrayVolume(np.zeros((0, 4, 4), bool))
     with pytest.raises(VolumeError, match=r"shape \(0, 4, 4\), so there is no slice to draw; give a region with voxels"):
         write_slices_png(path, None, empty, empty, evaluate_volumes(empty, empty))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import kdunet_infer.volume.pyramid
 from kdunet_infer.blockwise import UInt8Array
 from kdunet_infer.geometry import ZYX, Box
 from kdunet_infer.testing import ArraySource, ArrayTarget, noise
+from kdunet_infer.volume.ome import Level, step_between
 from kdunet_infer.volume.pyramid import Pooling, build_level, windows
 
 POOLINGS: tuple[Pooling, ...] = ("majority", "mean")
@@ -27,13 +29,15 @@ def pooled_by_hand(voxels: UInt8Array, shape: ZYX, ratio: ZYX, pooling: Pooling)
     for index in itertools.product(*(range(n) for n in shape)):
         window = voxels[tuple(slice(i * r, (i + 1) * r) for i, r in zip(index, ratio, strict=True))]
         if pooling == "majority":
-            coarser[index] = 2 * np.count_nonzero(window) >= window.size
+            coarser[index] = 2 * np.count_nonzero(window) > window.size
         else:
             coarser[index] = int(np.floor(window.mean() + 0.5))
     return coarser
 
 
-def built(voxels: UInt8Array, shape: ZYX, ratio: Any, pooling: Pooling, write_shape: ZYX, chunk_shape: ZYX) -> ArrayTarget:
+def built(
+    voxels: UInt8Array, shape: ZYX, ratio: Any, pooling: Pooling, write_shape: ZYX, chunk_shape: ZYX, **more: Any
+) -> ArrayTarget:
     source, target = ArraySource(voxels), ArrayTarget(shape)
     build_level(
         source.read_box,
@@ -44,8 +48,9 @@ def built(voxels: UInt8Array, shape: ZYX, ratio: Any, pooling: Pooling, write_sh
         write_shape=write_shape,
         chunk_shape=chunk_shape,
         pooling=pooling,
+        **more,
     )
-    assert (target.n_writes == 1).all(), "each voxel written once"
+    assert (target.n_writes == 1).all() or "roi" in more, "each voxel written once"
     return target
 
 
@@ -72,11 +77,97 @@ def test_levels_equal_pooling_by_hand(
     np.testing.assert_array_equal(found, pooled_by_hand(voxels, (z, y, x), ratio, pooling))
 
 
-def test_a_tie_is_foreground_and_one_less_is_not() -> None:
+@settings(max_examples=100)
+@given(
+    shape=st.tuples(sizes, sizes, sizes),
+    ratio=st.tuples(ratios, ratios, ratios),
+    is_picked=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    chunk=st.tuples(sizes, sizes, sizes),
+    pooling=st.sampled_from(POOLINGS),
+)
+def test_picked_voxels_are_those_of_a_stride(
+    shape: ZYX, ratio: ZYX, is_picked: tuple[bool, bool, bool], chunk: ZYX, pooling: Pooling
+) -> None:
+    voxels = noise(shape) * (noise(shape, seed=1) > 100)
+    strides = tuple(slice(None, None, r) if picked else slice(None) for r, picked in zip(ratio, is_picked, strict=True))
+    pooled_ratio = cast("ZYX", tuple(1 if picked else r for r, picked in zip(ratio, is_picked, strict=True)))
+    z, y, x = (-(-n // r) for n, r in zip(shape, ratio, strict=True))
+    picked_at = tuple(0.0 if picked else None for picked in is_picked)
+    found = built(voxels, (z, y, x), ratio, pooling, chunk, chunk, picked_at=picked_at).voxels
+    np.testing.assert_array_equal(found, pooled_by_hand(voxels[strides], (z, y, x), pooled_ratio, pooling))
+
+
+@settings(max_examples=150)
+@given(
+    shape=st.tuples(sizes, sizes, sizes),
+    ratio=st.tuples(ratios, ratios, ratios),
+    picked_at=st.sampled_from([(None, None, None), (0.0, None, 1.0)]),
+    chunk=st.tuples(sizes, sizes, sizes),
+    corners=st.lists(st.tuples(sizes, sizes, sizes), min_size=2, max_size=2),
+    pooling=st.sampled_from(POOLINGS),
+)
+def test_a_level_of_a_roi_is_that_of_the_whole(
+    shape: ZYX, ratio: ZYX, picked_at: Any, chunk: ZYX, corners: list[ZYX], pooling: Pooling
+) -> None:
+    roi = Box(*(cast("ZYX", tuple(sorted(pair)[end] for pair in zip(*corners, strict=True))) for end in (0, 1)))
+    roi = roi.intersection(Box.of_shape(shape))
+    voxels = np.zeros(shape, np.uint8)
+    if roi.n_voxels:
+        voxels[roi.slices_in(Box.of_shape(shape))] = 1 + noise(roi.shape) % 255
+    z, y, x = (-(-n // r) for n, r in zip(shape, ratio, strict=True))
+    options = {"pooling": pooling, "write_shape": chunk, "chunk_shape": chunk, "picked_at": picked_at}
+    whole = built(voxels, (z, y, x), ratio, **options)
+    part = built(voxels, (z, y, x), ratio, roi=roi, **options)
+    np.testing.assert_array_equal(part.voxels, whole.voxels)
+    assert not part.n_writes.any() or roi.n_voxels
+
+
+def test_only_files_in_reach_of_a_roi_are_written() -> None:
+    source, target = ArraySource(noise((16, 40, 40))), ArrayTarget((8, 20, 20))
+    reached = build_level(
+        source.read_box,
+        source.shape,
+        target.write_box,
+        target.shape,
+        ratio=(2, 2, 2),
+        write_shape=(4, 10, 10),
+        chunk_shape=(2, 5, 5),
+        pooling="mean",
+        roi=Box((3, 9, 19), (5, 10, 21)),
+    )
+    assert reached == Box((1, 4, 9), (3, 5, 11)), "grown to whole coarser voxels"
+    assert target.n_writes[:4, :10].all()
+    assert target.n_writes.sum() == 4 * 10 * 20
+    assert {box.begin for box in source.boxes} == {(z, 0, x) for z in (0, 4) for x in (10, 20)} | {(0, 0, 10)}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "offset", "picked_at"),
+    [
+        ((2, 2, 2), (0.5, 0.5, 0.5), (None, None, None)),
+        ((2, 2, 2), (0, 0, 0), (0, 0, 0)),
+        ((1, 2, 4), (0, 0.5, 1.5), (None, None, None)),
+        ((1, 2, 4), (0, 0, 0), (None, 0, 0)),
+        ((4, 2, 2), (0, 0.5, 0.5), (0, None, None)),
+        ((3, 3, 3), (1, 1, 0.4), (None, None, 0.4)),
+        ((165 / 83, 2, 2), (0.494, 0.49, 0.01), (None, None, 0.01)),
+    ],
+    ids=["pooled", "picked", "anisotropic-pooled", "anisotropic-picked", "mixed", "odd", "rounded"],
+)
+def test_the_transforms_say_whether_voxels_were_picked_or_pooled(ratio: Any, offset: Any, picked_at: Any) -> None:
+    fine = Level(shape=(9, 9, 9), chunk_shape=(9, 9, 9), scale=(40, 4, 5), translation=(7, 100, -3))
+    scale = tuple(s * r for s, r in zip(fine.scale, ratio, strict=True))
+    translation = tuple(t + s * o for t, s, o in zip(fine.translation, fine.scale, offset, strict=True))
+    step = step_between(fine, replace(fine, scale=cast("Any", scale), translation=cast("Any", translation)))
+    assert step.ratio == pytest.approx(ratio)
+    assert [None if at is None else pytest.approx(at) for at in picked_at] == list(step.picked_at)
+
+
+def test_a_tie_is_background_and_one_more_is_not() -> None:
     voxels = np.zeros((2, 2, 4), np.uint8)
     voxels[0, :, 0:2] = 1  # four of the first eight
-    voxels[0, 1, 2:] = voxels[1, 1, 2] = 1  # three of the last eight
-    assert built(voxels, (1, 1, 2), (2, 2, 2), "majority", (1, 1, 2), (1, 1, 2)).voxels.tolist() == [[[1, 0]]]
+    voxels[:, 1, 2:] = voxels[0, 0, 2] = 1  # five of the last eight
+    assert built(voxels, (1, 1, 2), (2, 2, 2), "majority", (1, 1, 2), (1, 1, 2)).voxels.tolist() == [[[0, 1]]]
 
 
 def test_a_mean_is_rounded_half_up() -> None:

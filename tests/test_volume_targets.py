@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import pytest
 import tifffile
 import zarr
 from ome_zarr_models.exceptions import ValidationWarning
-from volume_files import CHUNK, halved, hashes, write_image
+from volume_files import halved, hashes, write_image
 
 from kdunet_infer.blockwise import UInt8Array
 from kdunet_infer.errors import GeometryError, TargetExists, VolumeError
@@ -37,7 +37,9 @@ from kdunet_infer.volume.ome import label_names
 from kdunet_infer.volume.ownership import remove
 
 Version = Literal["0.4", "0.5"]
-SHAPE: ZYX = (6, 20, 18)
+CHUNK: ZYX = (16, 16, 16)
+"""The shortest that outputs keep: tests of many files need no large volume then."""
+SHAPE: ZYX = (20, 40, 36)
 WHOLE = Box.of_shape(SHAPE)
 VOXELS = noise(SHAPE)
 MASK = (VOXELS > 128).astype(np.uint8)
@@ -85,6 +87,7 @@ def three_levels(path: Path, version: Version = "0.5", **options: Any) -> Path:
         path,
         [VOXELS, coarse, halved(coarse)],
         version=version,
+        chunk=CHUNK,
         scales=[(40, 4, 4), (80, 8, 8), (160, 16, 16)],
         translations=[(7, 100, -3), (27, 102, -1), (67, 106, 3)],
         **options,
@@ -120,9 +123,9 @@ def test_finishing_twice_lists_a_label_once(tmp_path: Path) -> None:
 KINDS: dict[str, Callable[[Path], Path]] = {
     "0.4": lambda p: three_levels(p, "0.4"),
     "0.5": lambda p: three_levels(p),
-    "0.5-sharded": lambda p: three_levels(p, shard=(8, 16, 16)),
-    "0.5-one-level-no-unit": lambda p: write_image(p, [VOXELS], unit=None),
-    "0.4-tczyx": lambda p: write_image(p, [VOXELS[None, None]], version="0.4", axes="tczyx"),
+    "0.5-sharded": lambda p: three_levels(p, shard=(16, 32, 32)),
+    "0.5-one-level-no-unit": lambda p: write_image(p, [VOXELS], unit=None, chunk=CHUNK),
+    "0.4-tczyx": lambda p: write_image(p, [VOXELS[None, None]], version="0.4", axes="tczyx", chunk=CHUNK),
     "0.5-shared-transform": lambda p: three_levels(
         p, shared=[{"type": "scale", "scale": [2, 3, 4]}, {"type": "translation", "translation": [1, 2, 3]}]
     ),
@@ -219,11 +222,9 @@ def test_records_of_a_run_do_not_make_a_label_invalid(image: Path) -> None:
 
 def halves(voxels: UInt8Array) -> npt.NDArray[np.float64]:
     """Means over 2 x 2 x 2 voxels, fewer at the far faces."""
-    z, y, x = (-(-n // 2) for n in voxels.shape)
-    means = np.empty((z, y, x))
-    for i, j, k in itertools.product(range(z), range(y), range(x)):
-        means[i, j, k] = voxels[2 * i : 2 * i + 2, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2].mean()
-    return means
+    padded = np.pad(voxels.astype(float), [(0, n % 2) for n in voxels.shape], constant_values=np.nan)
+    z, y, x = (n // 2 for n in padded.shape)
+    return cast("npt.NDArray[np.float64]", np.nanmean(padded.reshape(z, 2, y, 2, x, 2), axis=(1, 3, 5)))
 
 
 def test_a_mask_is_halved_by_majority_and_an_image_by_the_mean(image: Path, tmp_path: Path) -> None:
@@ -234,10 +235,43 @@ def test_a_mask_is_halved_by_majority_and_an_image_by_the_mean(image: Path, tmp_
     probabilities.finish({})
     mask, mean = MASK, VOXELS
     for index in range(1, len(source.layout.levels)):
-        mask = (halves(mask) >= 0.5).astype(np.uint8)
+        mask = (halves(mask) > 0.5).astype(np.uint8)
         mean = np.floor(halves(mean) + 0.5).astype(np.uint8)
         np.testing.assert_array_equal(pixels(label / str(index)), mask)
         np.testing.assert_array_equal(pixels(tmp_path / "p.zarr" / str(index)), mean)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_pyramid_of_picked_voxels_gets_labels_of_picked_voxels(tmp_path: Path, version: Version) -> None:
+    """Every second voxel along y and x, no offset between the levels: averaging would move labels by half a voxel."""
+    levels = [VOXELS[:, ::step, ::step] for step in (1, 2, 4, 8, 16)]
+    scales = [(40, 4 * step, 4 * step) for step in (1, 2, 4, 8, 16)]
+    image = write_image(
+        tmp_path / "v.zarr", levels, version=version, chunk=CHUNK, scales=scales, translations=[(7, 100, -3)] * 5
+    )
+    source = open_source(image)
+    label = finished_label(source)
+    validated(image)
+    for index, step in enumerate((1, 2, 4, 8, 16)):
+        np.testing.assert_array_equal(pixels(label / str(index)), MASK[:, ::step, ::step])
+    assert open_source(label).layout == source.layout
+    assert ome_of(label)["multiscales"][0]["type"] == "stride"
+
+
+@pytest.mark.parametrize("roi", [Box((3, 17, 5), (9, 30, 21)), Box((19, 39, 35), (20, 40, 36)), Box((0, 0, 0), (99, 99, 99))])
+def test_levels_of_a_roi_are_those_of_the_whole(tmp_path: Path, roi: Box) -> None:
+    source = open_source(three_levels(tmp_path / "v.zarr", shard=(16, 32, 32)))
+    inside = roi.intersection(WHOLE)
+    for name, finish in (("whole", {}), ("part", {"roi": roi})):
+        target = create_label(source, name)
+        target.write_box(inside, MASK[inside.slices_in(WHOLE)])
+        target.finish({}, **finish)
+    whole, part = (hashes(tmp_path / "v.zarr" / "labels" / name) for name in ("whole", "part"))
+    assert {name: whole[name] for name in part if name != "zarr.json"} == {k: v for k, v in part.items() if k != "zarr.json"}
+    for index in range(3):
+        whole_voxels, part_voxels = (pixels(tmp_path / "v.zarr/labels" / name / str(index)) for name in ("whole", "part"))
+        np.testing.assert_array_equal(whole_voxels, part_voxels)
+    validated(tmp_path / "v.zarr")
 
 
 # --- stand-alone volumes
@@ -281,12 +315,12 @@ def test_a_new_volume(tmp_path: Path) -> None:
         tmp_path / "new.zarr",
         SHAPE,
         chunk_shape=CHUNK,
-        shard_shape=(8, 16, 16),
+        shard_shape=(16, 32, 32),
         voxel_size_nm=(50, 4.6, 4.6),
         n_levels=3,
         name="phantom",
     )
-    assert target.write_shape == (8, 16, 16)
+    assert target.write_shape == (16, 32, 32)
     write_all(target, VOXELS)
     target.finish({"seed": 7})
     validated(target.path)
@@ -295,7 +329,7 @@ def test_a_new_volume(tmp_path: Path) -> None:
     assert source.group == target.path, "it can take labels"
     assert ome_of(target.path)["multiscales"][0]["name"] == "phantom"
     assert source.layout.units == ("nanometer",) * 3
-    assert [level.shape for level in source.layout.levels] == [SHAPE, (3, 10, 9), (2, 5, 5)]
+    assert [level.shape for level in source.layout.levels] == [SHAPE, (10, 20, 18), (5, 10, 9)]
     assert [level.scale for level in source.layout.levels] == [(50, 4.6, 4.6), (100, 9.2, 9.2), (200, 18.4, 18.4)]
     # The centre of a coarser voxel is the mean of the centres of its finer ones.
     assert source.layout.levels[1].translation == pytest.approx((25, 2.3, 2.3))
@@ -313,9 +347,9 @@ def test_a_new_volume_without_voxel_size(tmp_path: Path) -> None:
 
 
 def test_a_box_off_the_grid_of_files_keeps_its_neighbours(tmp_path: Path) -> None:
-    target = create_volume(tmp_path / "new.zarr", SHAPE, chunk_shape=CHUNK, shard_shape=(8, 16, 16))
+    target = create_volume(tmp_path / "new.zarr", SHAPE, chunk_shape=CHUNK, shard_shape=(16, 32, 32))
     want = np.zeros(SHAPE, np.uint8)
-    for box in (Box((1, 2, 3), (5, 9, 17)), Box((0, 9, 1), (6, 20, 18))):
+    for box in (Box((1, 2, 3), (17, 19, 35)), Box((0, 19, 1), (20, 40, 36))):
         target.write_box(box, VOXELS[box.slices_in(WHOLE)])
         want[box.slices_in(WHOLE)] = VOXELS[box.slices_in(WHOLE)]
     np.testing.assert_array_equal(pixels(target.path / "0"), want)
@@ -343,15 +377,19 @@ def test_the_label_is_listed_after_all_else(tmp_path: Path, monkeypatch: pytest.
     target = create_label(open_source(image), "mito")
     write_all(target)
     seen = []
+    really = os.replace
 
-    def stop(label: Path, layout: Any) -> None:
-        seen.append((mark_of(label)["state"], "multiscales" in ome_of(label), pixels(label / "2").shape))
-        raise KeyboardInterrupt
+    def stop(beside: Path, file: Path) -> None:
+        if Path(file).parent.name == "labels":
+            label = target.path
+            seen.append((mark_of(label)["state"], "multiscales" in ome_of(label), pixels(label / "2").shape))
+            raise KeyboardInterrupt
+        really(beside, file)
 
-    monkeypatch.setattr("kdunet_infer.volume.targets._list_label", stop)
+    monkeypatch.setattr("os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
         target.finish({})
-    assert seen == [("finished", True, (2, 5, 5))]
+    assert seen == [("finished", True, (5, 10, 9))]
     monkeypatch.undo()
     target.finish({})
     validated(image)
@@ -507,21 +545,22 @@ def test_an_output_never_overlaps_its_source(tmp_path: Path, source: str, inside
     assert hashes(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["out.tif", "out", "out.h5"])
-def test_outputs_are_zarr(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["out", "out.h5"])
+def test_outputs_are_zarr_or_tiff(tmp_path: Path, name: str) -> None:
     source = open_source(three_levels(tmp_path / "v.zarr"))
-    with pytest.raises(VolumeError, match=r"outputs are OME-Zarr volumes, so give a path that ends in \.zarr"):
+    with pytest.raises(VolumeError, match=r"no possible output; give a path that ends in \.zarr, or in \.tif for a TIFF stack"):
         create_image(tmp_path / name, like=source, content="mask")
     with pytest.raises(VolumeError, match=r"ends in \.zarr"):
         create_volume(tmp_path / name, SHAPE, chunk_shape=CHUNK)
+    assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(
     ("box", "voxels", "error", "says"),
     [
-        (Box((0, 0, 0), (6, 20, 19)), np.zeros((6, 20, 19), np.uint8), GeometryError, "is not inside"),
-        (Box((0, 0, -1), (6, 20, 1)), np.zeros((6, 20, 2), np.uint8), GeometryError, "is not inside"),
-        (WHOLE, np.zeros((1, 1, 1), np.uint8), GeometryError, r"shape \(1, 1, 1\) do not fit the box 0:6,0:20,0:18"),
+        (Box((0, 0, 0), (20, 40, 37)), np.zeros((20, 40, 37), np.uint8), GeometryError, "is not inside"),
+        (Box((0, 0, -1), (20, 40, 1)), np.zeros((20, 40, 2), np.uint8), GeometryError, "is not inside"),
+        (WHOLE, np.zeros((1, 1, 1), np.uint8), GeometryError, r"shape \(1, 1, 1\) do not fit the box 0:20,0:40,0:36"),
         (WHOLE, np.zeros(SHAPE, np.float32), VolumeError, r"new\.zarr stores uint8 and got float32; round to uint8"),
     ],
     ids=["beyond", "before", "broadcast", "float"],
@@ -534,7 +573,7 @@ def test_write_box_refuses(tmp_path: Path, box: Box, voxels: Any, error: type[Ex
 
 
 def test_a_disk_that_refuses_is_reported(tmp_path: Path) -> None:
-    says = r"cannot be written \(.*Not a directory.*\); check free space and permissions, then run again"
+    says = r"cannot be written \(.*Not a directory.*\); check free space and permissions, then run the same command again"
     (tmp_path / "file").write_text("")
     with pytest.raises(VolumeError, match=says):
         create_volume(tmp_path / "file" / "new.zarr", SHAPE, chunk_shape=CHUNK)

@@ -25,6 +25,7 @@ def write_image(
     scales: Sequence[Sequence[float]] = ((1, 1, 1),),
     translations: Sequence[Sequence[float]] | None = None,
     shared: Sequence[Mapping[str, Any]] | None = None,
+    chunk: Zyx = CHUNK,
     shard: Zyx | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -38,7 +39,7 @@ def write_image(
             f"s{index}",
             shape=voxels.shape,
             dtype=voxels.dtype,
-            chunks=(*lead, *CHUNK),
+            chunks=(*lead, *chunk),
             shards=(*lead, *shard) if shard else None,
             dimension_names=list(axes) if is_v3 else None,
             chunk_key_encoding={"name": "default" if is_v3 else "v2", "separator": "/"},

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdunet_infer.errors import EngineError, EngineInputError, EngineUnavailable
+from kdunet_infer.errors import EngineError, EngineInputError, EngineUnavailable, UnsupportedModel
 from kdunet_infer.geometry import ZYX
 
 if TYPE_CHECKING:
@@ -24,18 +24,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ENGINES = {
+    "native": ("kdunet_infer.engines.native:NativeEngine", "pip install 'llvmlite>=0.45'"),
     "onnxruntime": (
         "kdunet_infer.engines.onnxruntime:OnnxRuntimeEngine",
         "pip install 'kdunet[cpu]' (or 'kdunet[gpu]' on NVIDIA)",
     ),
+    "openvino": ("kdunet_infer.engines.openvino:OpenVinoEngine", "pip install 'kdunet[openvino]'"),
 }
 """Name -> where its class is, and how to install its runtime."""
 
 FASTEST_FIRST: tuple[tuple[str, dict[str, Any]], ...] = (
     ("onnxruntime", {"device": "cuda"}),
+    ("native", {"device": "cpu"}),
+    ("openvino", {"device": "cpu"}),
     ("onnxruntime", {"device": "cpu"}),
 )
-"""What `auto` tries, with which options."""
+"""What `auto` tries, with which options; in the order of docs/performance.md. All in float32, so that the answers agree."""
 
 
 def engine_names() -> tuple[str, ...]:
@@ -68,7 +72,7 @@ def auto_engine(model: Model, **options: Any) -> tuple[Engine, str]:
             continue
         try:
             engine = create_engine(name, model, **{**wanted, **options})
-        except EngineUnavailable as exc:
+        except (EngineUnavailable, UnsupportedModel) as exc:
             refusals.append(str(exc))
             tried.append(f"{name} on {wanted['device']}")
         else:

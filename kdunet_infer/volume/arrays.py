@@ -1,49 +1,71 @@
-"""Zarr nodes and TIFF files as arrays with the axes zyx. What zarr, tifffile and the codecs raise ends here."""
+"""An array on disk seen as (z, y, x), and the Zarr nodes that hold one. What zarr and the codecs raise ends here."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-import weakref
-from collections.abc import Sequence
-from contextlib import ExitStack
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import tifffile
 import zarr
 
-from kdunet_infer.errors import CorruptChunk, VolumeError, VolumeNotFound
+from kdunet_infer.errors import CorruptChunk, KdunetError, VolumeError, VolumeNotFound
 from kdunet_infer.geometry import ZYX, Box
+from kdunet_infer.volume.archive import archive_of
+from kdunet_infer.volume.selection import AS_STORED, AS_ZYX, Selection, View, choose, named_axes
 
 VoxelArray = npt.NDArray[Any]
 
-TIFF_SUFFIXES = (".tif", ".tiff")
+_NUMBERS_V2 = re.compile(r"[<>|=]?[bifuc]\d+")
+_NUMBERS_V3 = re.compile(r"bool|u?int\d+|float\d+|complex\d+")
 
 
-@dataclass(frozen=True, slots=True)
-class Voxels:
-    """An array on disk seen as (z, y, x): axes of size 1 before z are dropped, and two axes are one slice."""
-
-    path: Path
-    """Of the array, for messages."""
-    array: zarr.Array[Any] | VoxelArray
-    chunk_shape: ZYX
-    """Voxels that are decoded together: a chunk, a TIFF page or tile."""
-    shard_shape: ZYX | None = None
-    """Voxels of a file of several chunks, where the array has such files."""
+class Sliceable(Protocol):
+    """What a file format's library gives: it reads when it is sliced."""
 
     @property
-    def shape(self) -> ZYX:
-        """Voxels, zyx."""
-        return _last_three(self.array.shape)
+    def shape(self) -> tuple[int, ...]:
+        """One size an axis."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of one voxel."""
-        return np.dtype(self.array.dtype)
+
+    def __getitem__(self, index: tuple[slice, ...], /) -> Any:
+        """A numpy array, or what turns into one, of as many axes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Voxels:
+    """An array on disk seen as (z, y, x), in its own dtype."""
+
+    path: Path
+    """Of the array, for messages."""
+    array: zarr.Array[Any] | Sliceable
+    """As stored."""
+    chunk_shape: ZYX
+    """Voxels that are decoded together: a chunk, a TIFF page or tile."""
+    shard_shape: ZYX | None = None
+    """Voxels of a file of several chunks, where the array has such files."""
+    view: View = AS_ZYX
+    """Which axes of the array are z, y and x, and where the others are cut."""
+
+    @property
+    def shape(self) -> ZYX:
+        """Voxels, zyx."""
+        return self.view.shape(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of one voxel as it is read: in the byte order of this machine, whatever that of the file."""
+        return np.dtype(self.array.dtype).newbyteorder("=")
 
     def read(self, box: Box) -> VoxelArray:
         """Voxels (z, y, x) of `box`, contiguous, in the array's own dtype.
@@ -51,15 +73,17 @@ class Voxels:
         Raises GeometryError for a box that leaves the volume, CorruptChunk for a chunk that cannot be read or decoded.
         """
         slices = box.slices_in(Box.of_shape(self.shape))
+        if not box.n_voxels:
+            return np.empty(box.shape, self.dtype)
         try:
-            return self._cut(slices, box.shape)
+            return self._cut(slices)
         except Exception:  # codecs raise anything; reading chunk by chunk tells which chunk it is
             return self._read_by_chunk(box)
 
-    def _cut(self, slices: Sequence[slice], shape: ZYX) -> VoxelArray:
-        index = (*[slice(0, 1)] * (self.array.ndim - 3), *slices)[-self.array.ndim :]
+    def _cut(self, slices: Sequence[slice]) -> VoxelArray:
+        part = self.view.arranged(np.asarray(self.array[self.view.slices(slices)]))
         # A copy, so that a memory-mapped file is read here and not wherever its voxels are first touched.
-        return np.array(self.array[index]).reshape(shape)
+        return np.array(part, self.dtype, order="C")
 
     def _read_by_chunk(self, box: Box) -> VoxelArray:
         voxels = np.empty(box.shape, dtype=self.dtype)
@@ -67,29 +91,48 @@ class Voxels:
         for file_box in box.snapped(file_shape).split(file_shape):
             part = file_box.intersection(box)
             try:
-                voxels[part.slices_in(box)] = self._cut(part.slices_in(Box.of_shape(self.shape)), part.shape)
+                voxels[part.slices_in(box)] = self._cut(part.slices_in(Box.of_shape(self.shape)))
+            except KdunetError:  # of a file within a folder: it is named already
+                raise
             except Exception as exc:
                 index = tuple(begin // size for begin, size in zip(file_box.begin, file_shape, strict=True))
                 raise CorruptChunk(
                     f"{'shard' if self.shard_shape else 'chunk'} {index} (z, y, x) of {self.path} cannot be read "
-                    f"({_first_line(exc)}); restore it from the original data, or mend the disk."
+                    f"({first_line(exc)}); restore it from the original data, or mend the disk."
                 ) from exc
         return voxels
 
 
 def open_node(path: Path) -> zarr.Array[Any] | zarr.Group:
-    """The Zarr array or group in the folder `path`, read-only.
+    """The Zarr array or group at `path`, a folder on disk or in a zip file, read-only.
 
-    Raises VolumeNotFound where nothing is, VolumeError where there is something else or broken metadata.
+    Raises VolumeNotFound where nothing is, VolumeError where there is something else, broken metadata, a codec that is not
+    known here, or an array of anything but numbers.
     """
-    _check_exists(path)
+    check_exists(path)
     zarr_format = zarr_format_at(path)
     if zarr_format is None:
-        raise VolumeError(f"{path} is neither a Zarr array or group nor a TIFF file ({', '.join(TIFF_SUFFIXES)}); give one.")
+        raise VolumeError(f"{path} is neither a Zarr array nor a Zarr group; give one.")
     try:
-        return zarr.open(str(path), mode="r", zarr_format=zarr_format)
+        is_array = _check_documents(path, zarr_format)
+        archive = archive_of(path)
+        store, key = (str(path), "") if archive is None else (archive.store, archive.key(path))
+        if is_array:
+            array = zarr.open_array(store, path=key, mode="r", zarr_format=zarr_format)
+            if array.ndim and 0 in array.chunks:
+                raise ValueError(f"chunks of {array.chunks}")
+            return array
+        # Consolidated metadata is a copy at the time it was made; what counts is the node's own.
+        return zarr.open_group(store, path=key, mode="r", zarr_format=zarr_format, use_consolidated=False)
+    except VolumeError:
+        raise
     except Exception as exc:
-        raise VolumeError(f"{path} has Zarr metadata that cannot be read ({_first_line(exc)}); repair or restore it.") from exc
+        if "UnknownCodec" in type(exc).__name__:  # zarr and numcodecs each have their own
+            codec = str(exc).split(":")[-1].strip(" '\"")
+            raise VolumeError(
+                f"{path} needs the codec {codec!r}, which is not known here; write it anew with another, such as zstd."
+            ) from exc
+        raise VolumeError(f"{path} has Zarr metadata that cannot be read ({first_line(exc)}); repair or restore it.") from exc
 
 
 def group_to_write(path: Path) -> zarr.Group:
@@ -99,93 +142,116 @@ def group_to_write(path: Path) -> zarr.Group:
 
 
 def zarr_format_at(path: Path) -> Literal[2, 3] | None:
-    """2 or 3 for a folder with Zarr metadata, None for anything else."""
+    """2 or 3 for a folder, on disk or in a zip file, with Zarr metadata; None for anything else."""
+    archive = archive_of(path)
     # os.path, not Path: its answer is no where looking is forbidden, instead of a PermissionError.
-    if os.path.isfile(path / "zarr.json"):
+    is_file: Callable[[Path], bool] = os.path.isfile if archive is None else archive.has_file
+    if is_file(path / "zarr.json"):
         return 3
-    return 2 if any(os.path.isfile(path / name) for name in (".zarray", ".zgroup")) else None
+    return 2 if any(is_file(path / name) for name in (".zarray", ".zgroup")) else None
 
 
-def zarr_voxels(path: Path, array: zarr.Array[Any]) -> Voxels:
-    """An open Zarr array as zyx; `path` is for messages.
+def zarr_voxels(path: Path, array: zarr.Array[Any], axes: str | None = None, selection: Selection = AS_STORED) -> Voxels:
+    """An open Zarr array as zyx; `path` is for messages, `axes` what the image it is part of calls its axes.
 
-    Raises VolumeError for arrays that are not three-dimensional, or empty.
+    Raises VolumeError for arrays that are empty, or cannot be seen as zyx without being told more.
     """
-    _check_shape(path, array.shape)
-    return Voxels(path, array, _last_three(array.chunks), _last_three(array.shards) if array.shards else None)
+    view = choose(array.shape, axes or _named_axes(array), selection, path)
+    return Voxels(path, array, view.shape(array.chunks), view.shape(array.shards) if array.shards else None, view)
 
 
-def open_tiff(path: Path) -> Voxels:
-    """A TIFF stack as zyx: memory-mapped where its voxels lie in the file as they are, decoded page by page otherwise.
+def missing_files(voxels: Voxels) -> tuple[int, int]:
+    """(files of a Zarr array that do not exist, files expected): chunks or shards, of the selected part alone.
 
-    Raises VolumeNotFound where nothing is, VolumeError for files that are damaged or hold anything but one grey stack.
+    What is not there reads as the fill value. Folders are listed, no file is opened; (0, 0) for anything but Zarr.
     """
-    _check_exists(path)
+    array, path = voxels.array, voxels.path
+    if not isinstance(array, zarr.Array) or zarr_format_at(path) is None:
+        return 0, 0
+    file_shape, view = array.shards or array.chunks, voxels.view
+    grid = [
+        range(-(-n // size)) if axis in "zyx" else range(index // size, index // size + 1)
+        for axis, index, n, size in zip(view.axes, view.index, array.shape, file_shape, strict=True)
+    ]
+    keys = (array.metadata.encode_chunk_key(index) for index in itertools.product(*grid))
+    archive = archive_of(path)
+    exists = _listed(path) if archive is None else lambda key: archive.has_file(path / key)
+    found = [exists(key) for key in keys]
+    return found.count(False), len(found)
+
+
+def _listed(path: Path) -> Callable[[str], bool]:
+    """Whether a file exists below `path`; each folder is listed once where its files are asked for one after the other."""
+
+    @lru_cache(maxsize=1)
+    def names_in(folder: str) -> frozenset[str]:
+        try:
+            return frozenset(os.listdir(path / folder))
+        except FileNotFoundError:
+            return frozenset()
+
+    def exists(key: str) -> bool:
+        folder, _, name = key.rpartition("/")
+        return name in names_in(folder)
+
+    return exists
+
+
+def _named_axes(array: zarr.Array[Any]) -> str | None:
+    """The axes as a Zarr v3 array names its dimensions."""
+    return named_axes(getattr(array.metadata, "dimension_names", None) or (), array.ndim)
+
+
+def _check_documents(path: Path, zarr_format: Literal[2, 3]) -> bool:
+    """Whether the node is an array; refuses voxels that are no numbers before zarr stumbles over them."""
+    if zarr_format == 2:
+        document = _json(path, ".zarray")
+        is_array = document is not None
+        for name in (".zgroup", ".zattrs"):
+            _json(path, name)
+        stored, numbers = (document or {}).get("dtype"), _NUMBERS_V2
+    else:
+        document = _json(path, "zarr.json") or {}
+        is_array = document.get("node_type") == "array"
+        stored, numbers = document.get("data_type"), _NUMBERS_V3
+    if is_array and not (isinstance(stored, str) and numbers.fullmatch(stored)):
+        shown = stored.get("name") if isinstance(stored, dict) else stored
+        raise VolumeError(f"{path} holds voxels of the type {shown!r}, which are no grey values; save integers or floats.")
+    return is_array
+
+
+def _json(path: Path, name: str) -> dict[str, Any] | None:
+    """A metadata document of a node; None where it does not exist."""
+    archive = archive_of(path)
     try:
-        with tifffile.TiffFile(path) as tiff:
-            # tifffile takes a page that was written by a call of its own for an image of its own, unless told not to.
-            is_shaped = False if len(tiff.series) > 1 else None
-        return _tiff_voxels(path, tifffile.TiffFile(path, is_shaped=is_shaped))
-    except VolumeError:
-        raise
+        content = (path / name).read_bytes() if archive is None else archive.read(path / name)
+    except (FileNotFoundError, KeyError):
+        return None
+    try:
+        document = json.loads(content)
+        if not isinstance(document, dict):
+            raise TypeError(f"it is a {type(document).__name__}")
     except Exception as exc:
-        raise VolumeError(f"{path} cannot be read as TIFF ({_first_line(exc)}); copy it again or save it anew.") from exc
+        raise VolumeError(
+            f"{path} has Zarr metadata that cannot be read ({first_line(exc)} in {name}); repair or restore it."
+        ) from exc
+    return document
 
 
-def _tiff_voxels(path: Path, tiff: tifffile.TiffFile) -> Voxels:
-    """The one stack in an open file, which stays open for as long as its voxels can be read."""
-    with ExitStack() as on_failure:
-        on_failure.callback(tiff.close)
-        series = _only_stack(path, tiff)
-        page = series.keyframe
-        if series.dataoffset is not None:
-            dtype = np.dtype(tiff.byteorder + series.dtype.char)
-            return Voxels(path, np.memmap(path, dtype, "r", series.dataoffset, series.shape), _last_three(page.shape))
-        # Strips of a few rows would be decoded one by one; a page at a time is faster and small enough.
-        array = zarr.open_array(series.aszarr(chunkmode=None if page.is_tiled else "page"), mode="r")
-        weakref.finalize(array, on_failure.pop_all().close)
-        return Voxels(path, array, _last_three(array.chunks))
-
-
-def _only_stack(path: Path, tiff: tifffile.TiffFile) -> tifffile.TiffPageSeries:
-    _check_complete(path, tiff)
-    if len(tiff.series) != 1:
-        shapes = ", ".join(str(series.shape) for series in tiff.series)
-        raise VolumeError(f"{path} holds {len(tiff.series)} images of different kinds ({shapes}); save the stack alone.")
-    (series,) = tiff.series
-    if not series.axes.endswith("YX"):
-        raise VolumeError(f"{path} has the axes {series.axes} {series.shape}, not grey slices; save one channel as a stack.")
-    _check_shape(path, series.shape)
-    return series
-
-
-def _check_complete(path: Path, tiff: tifffile.TiffFile) -> None:
-    """Refuse a file that was cut short: tifffile then gives the pages it finds, as if there were no more."""
-    n_pages = len(tiff.pages)
-    link_at = tiff.pages.next_page_offset
-    assert link_at is not None, "only a page's sub-pages have no link"
-    tiff.filehandle.seek(link_at)
-    if any(tiff.filehandle.read(tiff.tiff.offsetsize)):  # the last page of a whole file links to nothing
-        raise VolumeError(f"{path} breaks off after page {n_pages}; copy it again or save it anew.")
-
-
-def _check_exists(path: Path) -> None:
-    if not os.path.exists(path):
+def check_exists(path: Path) -> None:
+    """Refuse a path with nothing at it. Raises VolumeNotFound."""
+    archive = archive_of(path)
+    if not (os.path.exists(path) if archive is None else archive.has(path)):
         raise VolumeNotFound(f"there is nothing at {path}, or it may not be read; check the path.")
 
 
-def _check_shape(path: Path, shape: Sequence[int]) -> None:
-    if len(shape) < 2 or any(size != 1 for size in shape[:-3]):
-        raise VolumeError(f"{path} has the shape {tuple(shape)}, not (z, y, x); save one channel and time point as a volume.")
-    if 0 in shape:
-        raise VolumeError(f"{path} has the shape {tuple(shape)}, so there are no voxels in it; give another volume.")
+def check_numbers(path: Path, dtype: np.dtype[Any]) -> None:
+    """Refuse voxels that are no numbers. Raises VolumeError."""
+    if dtype.kind not in "biufc":
+        raise VolumeError(f"{path} holds voxels of the type {str(dtype)!r}, which are no grey values; save integers or floats.")
 
 
-def _last_three(sizes: Sequence[int]) -> ZYX:
-    z, y, x = (1, *sizes)[-3:]
-    return int(z), int(y), int(x)
-
-
-def _first_line(exc: Exception) -> str:
+def first_line(exc: BaseException) -> str:
+    """What a foreign exception says, fit to stand within a sentence."""
     lines = str(exc).splitlines()
     return f"{type(exc).__name__}: {lines[0]}" if lines else type(exc).__name__

@@ -1,7 +1,8 @@
-"""Which folders are outputs of ours, finished or not, and what may be removed: only what carries our mark."""
+"""Which folders and TIFF files are outputs of ours, finished or not, and what may be removed: only what carries our mark."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +12,22 @@ import zarr
 
 from kdunet_infer.errors import TargetExists
 from kdunet_infer.volume.arrays import group_to_write, open_node, zarr_format_at
+from kdunet_infer.volume.locking import LOCK_NAME
+from kdunet_infer.volume.tiff_target import told_to
 
 KEY = "kdunet"
-"""Of the group attribute that says an output is ours; beside, never inside, the OME-Zarr metadata."""
 _RECORDS = ".kdunet"
 _STRAY = ".partial"
 """Ends the name of a file that zarr was writing when it was killed."""
 _LABELS = "labels"
-_METADATA = (".zattrs", ".zgroup", "zarr.json")
+_CHUNKS = "c"
+"""Of a bare Zarr array."""
+_ATTRIBUTES, _GROUP = ".zattrs", ".zgroup"
+_METADATA = (_ATTRIBUTES, _GROUP, "zarr.json")
 
 
 def mark_unfinished() -> dict[str, Any]:
-    """Attributes of an output from its creation until it is finished."""
+    """Attributes of an output from its creation until it is finished, under a key beside, never inside, OME-Zarr's."""
     return {KEY: {"state": "unfinished"}}
 
 
@@ -35,6 +40,11 @@ def state_of(attributes: Mapping[str, Any]) -> str | None:
     """`unfinished` or `finished` for an output of ours, None for anything else."""
     mark = attributes.get(KEY)
     return mark.get("state") if isinstance(mark, Mapping) else None
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a finished output of ours is at `path`."""
+    return _state_at(path) == "finished"
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -53,31 +63,54 @@ def check_free(path: Path, *, overwrite: bool) -> None:
 
 def remove(path: Path) -> None:
     """Remove an output of ours, or what is left of it: interrupted, it leaves an unfinished one, never one that looks whole."""
+    if path.is_file():
+        path.unlink()
     if zarr_format_at(path) is None:
         return
-    group_to_write(path).attrs.put(mark_unfinished())
+    _to_write(path).attrs.put(mark_unfinished())
     for child in path.iterdir():
         if child.is_dir():
             shutil.rmtree(child)
     shutil.rmtree(path)
 
 
+def _to_write(path: Path) -> zarr.Group | zarr.Array[Any]:
+    if isinstance(open_node(path), zarr.Group):
+        return group_to_write(path)
+    return zarr.open_array(str(path), mode="r+", zarr_format=zarr_format_at(path))
+
+
 def _state_at(path: Path) -> str | None:
-    """The state of the output in the folder, `nothing` where no file would be lost, None for what is not wholly ours."""
-    if path.is_symlink() or path.is_file():
+    """The state of the output at `path`, `nothing` where no voxel would be lost, None for what is not wholly ours."""
+    if path.is_symlink():
         return None
+    if path.is_file():
+        return state_of(told_to(path))
     names = {child.name for child in path.iterdir()} if path.exists() else set()
-    if not names:
+    if _is_remains({name for name in names if not name.endswith(_STRAY)}, path):
         return "nothing"
-    ours = (name.isdecimal() or name in (_RECORDS, *_METADATA) or name.endswith(_STRAY) for name in names - {_LABELS})
+    ours = (_may_be_ours(name) for name in names - {_LABELS})
     if not all(ours) or not _all_ours(path / _LABELS) or zarr_format_at(path) is None:
         return None
-    node = open_node(path)
-    return state_of(node.attrs.asdict()) if isinstance(node, zarr.Group) else None
+    return state_of(open_node(path).attrs.asdict())
+
+
+def _is_remains(names: set[str], path: Path) -> bool:
+    """Whether this is where creating or removing one of ours broke off: a Zarr v2 group is two files, one after the other."""
+    if names != {_ATTRIBUTES}:
+        return names <= {_GROUP}
+    try:
+        return state_of(json.loads((path / _ATTRIBUTES).read_bytes())) == "unfinished"
+    except (ValueError, AttributeError):
+        return False
+
+
+def _may_be_ours(name: str) -> bool:
+    return name.isdecimal() or name in (_RECORDS, _CHUNKS, *_METADATA) or name.endswith(_STRAY)
 
 
 def _all_ours(labels: Path) -> bool:
     """Whether no label in the folder is anybody else's, such as an annotation made by hand; true where there is none."""
     if not labels.is_dir():
         return True
-    return all(child.name in _METADATA or _state_at(child) is not None for child in labels.iterdir())
+    return all(child.name in (LOCK_NAME, *_METADATA) or _state_at(child) is not None for child in labels.iterdir())

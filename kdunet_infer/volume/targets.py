@@ -1,8 +1,10 @@
-"""Where results go: labels inside the image they are about, and new OME-Zarr volumes."""
+"""Where results go: labels inside the image they are about, and new volumes in the formats of `formats.py`."""
 
 from __future__ import annotations
 
+import errno
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,22 +16,19 @@ import numpy as np
 import zarr
 
 from kdunet_infer.blockwise import UInt8Array
-from kdunet_infer.errors import GeometryError, KdunetError, VolumeError
+from kdunet_infer.errors import GeometryError, KdunetError, TargetExists, VolumeError
 from kdunet_infer.geometry import ZYX, Box
 from kdunet_infer.volume.arrays import Voxels, group_to_write, zarr_format_at, zarr_voxels
-from kdunet_infer.volume.ome import (
-    Content,
-    Layout,
-    Level,
-    Vector,
-    image_attributes,
-    label_names,
-    labels_attributes,
-)
-from kdunet_infer.volume.ownership import check_free, mark_finished, mark_unfinished, remove
+from kdunet_infer.volume.formats import TargetFormat, choose_format, own_format, target_layout
+from kdunet_infer.volume.listing import is_listed, list_label, unlist_label
+from kdunet_infer.volume.ome import Content, Layout, Level, Vector, array_attributes, image_attributes, step_between
+from kdunet_infer.volume.ownership import check_free, is_finished, mark_finished, mark_unfinished, remove
 from kdunet_infer.volume.pyramid import build_level
-from kdunet_infer.volume.sources import VolumeSource
+from kdunet_infer.volume.sources import VolumeSource, open_source
+from kdunet_infer.volume.tiff_target import write_tiff
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _LABEL_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -38,12 +37,15 @@ class VolumeTarget:
     """A volume being written: implements `blockwise.Target`. It counts for nothing until it is finished."""
 
     path: Path
-    """Of the OME-Zarr group."""
+    """Of the OME-Zarr group, the Zarr array or the TIFF file."""
+    store: Path
+    """The folder of its voxels until it is finished, in which a run keeps its records: `path` itself, but for a TIFF."""
     name: str
     content: Content
     layout: Layout
+    target_format: TargetFormat
     levels: tuple[Voxels, ...]
-    """The arrays of the layout's levels."""
+    """The arrays of the layout's levels; of a finished TIFF they are gone."""
     is_label: bool
     """Whether it is a label of an image, to be listed in the group `labels` around it."""
 
@@ -67,50 +69,87 @@ class VolumeTarget:
             raise GeometryError(f"voxels of shape {voxels.shape} do not fit the box {box} of shape {box.shape}.")
         self._write(0, box, voxels)
 
-    def finish(self, attributes: Mapping[str, Any]) -> None:
+    def finish(self, attributes: Mapping[str, Any], roi: Box | None = None) -> None:
         """Build the coarser levels, then write the metadata, with `attributes` (JSON) under `kdunet`, then list the label.
 
-        Call it when all voxels are written; calling it again is harmless. Raises VolumeError where the disk refuses.
+        Call it when all voxels are written; calling it again is harmless. With `roi`, outside which nothing was written,
+        coarser levels are built only where it reaches. Raises VolumeError where the disk refuses; it is then not finished.
         """
+        if self._is_written_tiff():
+            return
+        reached = Box.of_shape(self.shape).intersection(roi) if roi is not None else Box.of_shape(self.shape)
         for finer, coarser in pairwise(range(len(self.levels))):
-            self._build(finer, coarser)
-        image = "../../" if self.is_label else None
-        described = image_attributes(self.layout, self.name, self.content, image=image)
+            reached = self._build(finer, coarser, reached)
         with _writing(self.path):
-            group_to_write(self.path).update_attributes({**described, **mark_finished(attributes)})
-            if self.is_label:
-                _list_label(self.path, self.layout)
+            self._seal(mark_finished(attributes))
+
+    def result(self) -> Voxels:
+        """The finest level as it is on the disk now, also that of a finished TIFF."""
+        return open_source(self.path).voxels if self._is_written_tiff() else self.levels[0]
+
+    def _is_written_tiff(self) -> bool:
+        return self.target_format == "tiff" and self.path.exists()
+
+    def _seal(self, mark: Mapping[str, Any]) -> None:
+        """Write what makes it look finished: all of it or nothing."""
+        match self.target_format:
+            case "tiff":
+                beside = self.store / "stack.partial"
+                write_tiff(self.path, beside, self.levels[0].read, self.layout, name=self.name, about=mark)
+                shutil.rmtree(self.store, ignore_errors=True)  # all is well, and what is left is unfinished by its mark
+            case "zarr":
+                array = zarr.open_array(str(self.path), mode="r+", zarr_format=self.layout.zarr_format)
+                array.update_attributes({**array_attributes(self.layout), **mark})
+            case "ome-zarr-0.4" | "ome-zarr-0.5" if self.is_label:
+                described = image_attributes(self.layout, self.name, self.content, image="../../")
+                list_label(self.path, self.layout, {**described, **mark})
+            case "ome-zarr-0.4" | "ome-zarr-0.5":
+                described = image_attributes(self.layout, self.name, self.content, image=None)
+                group_to_write(self.path).update_attributes({**described, **mark})
 
     def _write(self, index: int, box: Box, voxels: UInt8Array) -> None:
         if voxels.dtype != np.uint8:
             raise VolumeError(f"{self.path} stores uint8 and got {voxels.dtype}; round to uint8 before writing.")
         slices = box.slices_in(Box.of_shape(self.layout.levels[index].shape))
+        array = self.levels[index].array
+        assert isinstance(array, zarr.Array), "as created here"
         with _writing(self.path):
-            self.levels[index].array[slices] = voxels
+            array[slices] = voxels
 
-    def _build(self, finer: int, coarser: int) -> None:
+    def _build(self, finer: int, coarser: int, roi: Box) -> Box:
         fine, coarse = self.layout.levels[finer], self.layout.levels[coarser]
-        z, y, x = (b / a for a, b in zip(fine.scale, coarse.scale, strict=True))
-        build_level(
+        step = step_between(fine, coarse)
+        return build_level(
             self.levels[finer].read,
             fine.shape,
             lambda box, voxels: self._write(coarser, box, voxels),
             coarse.shape,
-            ratio=(z, y, x),
+            ratio=step.ratio,
+            picked_at=step.picked_at,
             write_shape=coarse.write_shape,
             chunk_shape=coarse.chunk_shape,
             pooling="majority" if self.content == "mask" else "mean",
+            roi=roi,
         )
 
 
-def create_label(source: VolumeSource, name: str, *, overwrite: bool = False) -> VolumeTarget:
-    """Start a mask (uint8, 0 and 1) as `labels/<name>` of the source's image, with its levels, transforms, units, chunks
-    and OME-Zarr version; axes that were dropped on reading are left out.
+def target_write_shape(like: VolumeSource | Layout, target_format: TargetFormat | None) -> ZYX:
+    """The `write_shape` that an output like a source will have in a format; None: as a label, or in the source's own version.
 
-    Nothing else in the image is touched, but for the list of labels once the label is finished. An unfinished label of
-    the same name is started over. Raises TargetExists for a finished one unless `overwrite`, and for anything that is
-    not ours; VolumeError for a source that can have no labels, for a name that is no safe folder name, and where the
-    disk refuses.
+    A run plans its blocks by it before anything is created.
+    """
+    layout = like if isinstance(like, Layout) else like.layout
+    return target_layout(layout, target_format).levels[0].write_shape
+
+
+def create_label(source: VolumeSource, name: str, *, overwrite: bool = False) -> VolumeTarget:
+    """Start a mask (uint8, 0 and 1) as `labels/<name>` of the source's image, with its levels, transforms, units and
+    OME-Zarr version, and its chunks where they suit viewing (`target_levels`); axes that were dropped on reading are left out.
+
+    Nothing else in the image is touched, but for the list of labels, and consolidated metadata that there are, once the label
+    is finished. An unfinished label of the same name is started over. Raises TargetExists for a finished one unless
+    `overwrite`, and for anything that is not ours; VolumeError for a source that can have no labels, for a name that is no
+    safe folder name, and where the disk refuses.
     """
     if source.group is None:
         raise VolumeError(
@@ -120,26 +159,42 @@ def create_label(source: VolumeSource, name: str, *, overwrite: bool = False) ->
     if not _LABEL_NAME.fullmatch(name):
         raise VolumeError(f"label name {name!r} cannot be; use letters, digits, '_', '-' and '.', first a letter or digit.")
     path = source.group / "labels" / name
-    return _create(path, name, source.layout, content="mask", is_label=True, overwrite=overwrite)
+    target_format = own_format(source.layout)
+    layout = target_layout(source.layout, target_format)
+    if not overwrite:
+        _mend_list(path, layout)
+    return _create(path, name, layout, target_format, content="mask", is_label=True, overwrite=overwrite)
 
 
-def create_image(path: str | Path, *, like: VolumeSource, content: Content, overwrite: bool = False) -> VolumeTarget:
-    """Start a new OME-Zarr volume of the size, levels, transforms, units, chunks and OME-Zarr version of a source.
+def create_image(
+    path: str | Path,
+    *,
+    like: VolumeSource,
+    content: Content,
+    overwrite: bool = False,
+    target_format: TargetFormat | None = None,
+) -> VolumeTarget:
+    """Start a new volume of the size, levels, transforms and units of a source; a TIFF and a bare Zarr array have one level.
 
-    An unfinished output at the path is started over. Raises TargetExists for a finished one unless `overwrite`, and for
-    anything that is not ours; VolumeError for a path that is no `.zarr`, that overlaps the source, and where the disk refuses.
+    Without `target_format` the suffix says it: `.tif` and `.tiff` are TIFF, `.zarr` is OME-Zarr in the source's version. An
+    unfinished output at the path is started over. Raises TargetExists for a finished one unless `overwrite`, and for
+    anything that is not ours; VolumeError for a path that does not go with the format, that overlaps the source, and where
+    the disk refuses.
     """
     path = Path(path)
-    check_image(path, like=like, overwrite=overwrite)
-    return _create(path, path.stem, like.layout, content=content, is_label=False, overwrite=overwrite)
+    check_image(path, like=like, overwrite=overwrite, target_format=target_format)
+    chosen = choose_format(path, target_format, like.layout)
+    layout = target_layout(like.layout, chosen)
+    return _create(path, path.stem, layout, chosen, content=content, is_label=False, overwrite=overwrite)
 
 
-def check_image(path: str | Path, *, like: VolumeSource, overwrite: bool = False) -> None:
+def check_image(
+    path: str | Path, *, like: VolumeSource, overwrite: bool = False, target_format: TargetFormat | None = None
+) -> None:
     """Refuse what `create_image` would refuse, before anything is removed or written."""
     path = Path(path)
     _check_apart(path, like.path)
-    _check_name(path)
-    check_free(path, overwrite=overwrite)
+    _check_free(path, _store_of(path, choose_format(path, target_format, like.layout)), overwrite=overwrite)
 
 
 def create_volume(
@@ -162,7 +217,8 @@ def create_volume(
     levels = tuple(_halved(shape, chunk_shape, shard_shape, size, 2**level) for level in range(n_levels))
     unit = "nanometer" if voxel_size_nm else None
     layout = Layout(levels=levels, units=(unit, unit, unit))
-    return _create(path, name or path.stem, layout, content="image", is_label=False, overwrite=overwrite)
+    target_format = choose_format(path, "ome-zarr-0.5", layout)
+    return _create(path, name or path.stem, layout, target_format, content="image", is_label=False, overwrite=overwrite)
 
 
 def _halved(shape: ZYX, chunk_shape: ZYX, shard_shape: ZYX | None, size: Vector, factor: int) -> Level:
@@ -173,40 +229,71 @@ def _halved(shape: ZYX, chunk_shape: ZYX, shard_shape: ZYX | None, size: Vector,
     return Level(shape=(z, y, x), chunk_shape=chunk_shape, shard_shape=shard_shape, scale=scale, translation=(t, u, v))
 
 
-def _create(path: Path, name: str, layout: Layout, *, content: Content, is_label: bool, overwrite: bool) -> VolumeTarget:
-    if not is_label:
-        _check_name(path)
-    check_free(path, overwrite=overwrite)
+def _create(
+    path: Path, name: str, layout: Layout, target_format: TargetFormat, *, content: Content, is_label: bool, overwrite: bool
+) -> VolumeTarget:
+    store = _store_of(path, target_format)
+    _check_free(path, store, overwrite=overwrite)
     with _writing(path):
         if is_label:
-            _unlist_label(path, layout)
-        remove(path)
-        zarr.create_group(str(path), zarr_format=layout.zarr_format, attributes=mark_unfinished())
-        levels = tuple(_create_level(path, index, layout) for index in range(len(layout.levels)))
-    return VolumeTarget(path=path, name=name, content=content, layout=layout, levels=levels, is_label=is_label)
+            unlist_label(path, layout)
+        for old in (path, store):
+            remove(old)
+        if target_format == "zarr":
+            levels: tuple[Voxels, ...] = (_create_level(store, None, layout),)
+        else:
+            zarr.create_group(str(store), zarr_format=layout.zarr_format, attributes=mark_unfinished())
+            levels = tuple(_create_level(store, index, layout) for index in range(len(layout.levels)))
+    return VolumeTarget(
+        path=path,
+        store=store,
+        name=name,
+        content=content,
+        layout=layout,
+        target_format=target_format,
+        levels=levels,
+        is_label=is_label,
+    )
 
 
-def _create_level(group: Path, index: int, layout: Layout) -> Voxels:
-    level = layout.levels[index]
+def _create_level(store: Path, index: int | None, layout: Layout) -> Voxels:
+    """The array of a level in a group, or of the finest where there is no group."""
+    level = layout.levels[index or 0]
     is_v3 = layout.zarr_format == 3
     array = zarr.create_array(
-        str(group),
-        name=str(index),
+        str(store),
+        name=None if index is None else str(index),
         shape=level.shape,
         dtype="uint8",
         chunks=level.chunk_shape,
         shards=level.shard_shape,
         fill_value=0,
         zarr_format=layout.zarr_format,
+        attributes=mark_unfinished() if index is None else None,
         dimension_names=("z", "y", "x") if is_v3 else None,
         chunk_key_encoding={"name": "default" if is_v3 else "v2", "separator": "/"},
     )
-    return zarr_voxels(group / str(index), array)
+    return zarr_voxels(store if index is None else store / str(index), array)
 
 
-def _check_name(path: Path) -> None:
-    if path.suffix != ".zarr":
-        raise VolumeError(f"{path} is no possible output; outputs are OME-Zarr volumes, so give a path that ends in .zarr.")
+def _mend_list(label: Path, layout: Layout) -> None:
+    """List a finished label that was not listed because its run was ended in the moment between."""
+    if is_finished(label) and not is_listed(label, layout):
+        with _writing(label):
+            list_label(label, layout, {})
+
+
+def _store_of(path: Path, target_format: TargetFormat) -> Path:
+    return path.with_name(f".{path.name}.kdunet") if target_format == "tiff" else path
+
+
+def _check_free(path: Path, store: Path, *, overwrite: bool) -> None:
+    check_free(path, overwrite=overwrite)
+    if store == path:
+        return
+    if path.is_dir():
+        raise TargetExists(f"{path} is a folder, and a TIFF is a file; choose another name.")
+    check_free(store, overwrite=overwrite)
 
 
 def _check_apart(path: Path, source: Path) -> None:
@@ -220,26 +307,6 @@ def _check_apart(path: Path, source: Path) -> None:
         raise VolumeError(f"the output {path} overlaps the source {taken}, which is never changed; choose a path outside it.")
 
 
-def _list_label(label: Path, layout: Layout) -> None:
-    """Add a label to the list of its image's labels, where viewers look for it."""
-    if zarr_format_at(label.parent) is None:
-        zarr.create_group(str(label.parent), zarr_format=layout.zarr_format)
-    group = group_to_write(label.parent)
-    names = label_names(group.attrs.asdict())
-    if label.name not in names:
-        group.update_attributes(labels_attributes(group.attrs.asdict(), layout.version, [*names, label.name]))
-
-
-def _unlist_label(label: Path, layout: Layout) -> None:
-    if zarr_format_at(label.parent) is None:
-        return
-    group = group_to_write(label.parent)
-    names = label_names(group.attrs.asdict())
-    if label.name in names:
-        others = [name for name in names if name != label.name]
-        group.update_attributes(labels_attributes(group.attrs.asdict(), layout.version, others))
-
-
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -247,4 +314,12 @@ def _writing(path: Path) -> Iterator[None]:
     except KdunetError:  # some are OSErrors too, and have their sentence already
         raise
     except OSError as exc:
-        raise VolumeError(f"{path} cannot be written ({exc}); check free space and permissions, then run again.") from exc
+        raise VolumeError(f"{path} cannot be written{_why(exc)}, then run the same command again.") from exc
+
+
+def _why(exc: OSError) -> str:
+    if exc.errno in _DISK_FULL:
+        return f", for the disk is full ({exc}); free space there or choose another output"
+    if exc.errno in _NOT_ALLOWED:
+        return f", for that is not allowed there ({exc}); get permission or choose another output"
+    return f" ({exc}); check free space and permissions"

@@ -11,7 +11,8 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from kdunet_infer.engines.native.kernels import NARROW, SMALL, WIDE, Machine, module
+from kdunet_infer.engines.native.kernels import module
+from kdunet_infer.engines.native.machine import NARROW, SMALL, WIDE, Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,19 @@ class Compiled:
     """LLVM's own object: the code lives as long as it does."""
 
 
+_FEATURES = {
+    # LLVM prefers 256-bit registers on CPUs whose clock once fell under wide loads; this blocking is made for wide ones.
+    WIDE: ",-prefer-256-bit",
+    NARROW: ",-avx512f",
+    SMALL: "",
+}
+"""What is added to the host's features."""
+
+
 def host_machine() -> Machine:
     """The kind of machine this is."""
     features = llvm.get_host_cpu_features()
-    if features.get("avx512f") and features.get("avx512bw") and features.get("avx512vl"):
+    if all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vl")):
         return WIDE
     return NARROW if features.get("avx2") and features.get("fma") else SMALL
 
@@ -40,8 +50,7 @@ def compiled(machine: Machine) -> Compiled:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     cpu = llvm.get_host_cpu_name()
-    # LLVM prefers 256-bit registers on some CPUs, whose clock once fell under wide loads; the blocking is made for all of them.
-    features = llvm.get_host_cpu_features().flatten() + (",-prefer-256-bit" if machine is WIDE else "")
+    features = llvm.get_host_cpu_features().flatten() + _FEATURES[machine]
     target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
     code = llvm.parse_assembly(str(module(machine, llvm.get_default_triple())))
     code.verify()

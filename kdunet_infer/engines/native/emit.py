@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 
 I8, I32, I64, F32, POINTER = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.PointerType()
+_FLUSH_TO_ZERO, _DENORMALS_ARE_ZERO = 0x8000, 0x0040
+"""Bits of x86's MXCSR."""
+
 Value = Any
 """An llvmlite value; the library carries no types."""
 
@@ -27,7 +31,7 @@ class Kernel:
 
     # integers
 
-    def int(self, value: int) -> Value:
+    def integer(self, value: int) -> Value:
         """A 64-bit constant."""
         return ir.Constant(I64, value)
 
@@ -51,7 +55,7 @@ class Kernel:
 
     def field(self, record: Value, index: int) -> Value:
         """64-bit integer `index` of a record."""
-        return self.load(self.at(record, self.int(index), I64), I64)
+        return self.load(self.at(record, self.integer(index), I64), I64)
 
     def pointer_field(self, record: Value, index: int) -> Value:
         """The same as an address."""
@@ -59,25 +63,30 @@ class Kernel:
 
     def load_vector(self, pointer: Value, offset: int = 0) -> Value:
         """`n_lanes` floats, `offset` elements after `pointer`, at any alignment."""
-        return self.b.load(self.at(pointer, self.int(offset)), typ=self.vector, align=4)
+        return self.b.load(self.at(pointer, self.integer(offset)), typ=self.vector, align=4)
 
     def store_vector(self, value: Value, pointer: Value, offset: int = 0) -> None:
         """The other way round."""
-        self.b.store(value, self.at(pointer, self.int(offset)), align=4)
+        self.b.store(value, self.at(pointer, self.integer(offset)), align=4)
 
     def store_first(self, value: Value, pointer: Value, n: Value) -> None:
-        """Store only the first `n` lanes."""
-        store = self.intrinsic("masked.store", ir.VoidType(), [self.vector, POINTER, I32, self.mask_type], "p0")
-        self.b.call(store, [value, pointer, ir.Constant(I32, 4), self.first(n)])
+        """Store only the first `n` lanes, of floats or bytes."""
+        size = 1 if value.type.element == I8 else 4
+        store = self.intrinsic("masked.store", ir.VoidType(), [value.type, POINTER, I32, self.mask_type], "p0")
+        self.b.call(store, [value, pointer, ir.Constant(I32, size), self.first(n)])
 
     def load_first_bytes(self, pointer: Value, n: Value) -> Value:
         """The first `n` of `n_lanes` bytes as floats; 0 in the others, whose memory is not touched."""
-        kind = ir.VectorType(I8, self.n_lanes)
-        load = self.intrinsic("masked.load", kind, [POINTER, I32, self.mask_type, kind], "p0")
-        found = self.b.call(load, [pointer, ir.Constant(I32, 1), self.first(n), ir.Constant(kind, None)])
+        load = self.intrinsic("masked.load", self.bytes, [POINTER, I32, self.mask_type, self.bytes], "p0")
+        found = self.b.call(load, [pointer, ir.Constant(I32, 1), self.first(n), ir.Constant(self.bytes, None)])
         return self.b.uitofp(found, self.vector)
 
     # vectors
+
+    @property
+    def bytes(self) -> Any:
+        """An 8-bit integer a lane."""
+        return ir.VectorType(I8, self.n_lanes)
 
     @property
     def integers(self) -> Any:
@@ -103,8 +112,8 @@ class Kernel:
         return ir.Constant(self.vector, [value] * self.n_lanes)
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
-        """a * b + c, rounded once."""
-        return self.b.call(self.intrinsic("fma", self.vector, [self.vector] * 3), [a, b, c])
+        """a * b + c; rounded once where the CPU can, which is anywhere but on the oldest x86."""
+        return self.b.call(self.intrinsic("fmuladd", self.vector, [self.vector] * 3), [a, b, c])
 
     def maximum(self, a: Value, b: Value) -> Value:
         """The greater, lane by lane; b where either is NaN."""
@@ -147,7 +156,7 @@ class Kernel:
         phis = [self._phi(value, before) for value in (begin, *carried)]
         self.b.cbranch(self.b.icmp_signed("<", phis[0], end), inside, after)
         self.b.position_at_end(inside)
-        following = [self.b.add(phis[0], self.int(step)), *(body(*phis) or ())]
+        following = [self.b.add(phis[0], self.integer(step)), *(body(*phis) or ())]
         for phi, value in zip(phis, following, strict=True):
             phi.add_incoming(value, self.b.block)
         self.b.branch(head)
@@ -165,6 +174,25 @@ class Kernel:
             self.b.call(function, arguments)
             self.b.branch(after)
         self.b.position_at_end(after)
+
+    @contextmanager
+    def denormals_as_zero(self) -> Iterator[None]:
+        """What is emitted inside runs with numbers below 1e-38 taken for 0: on some CPUs each would cost a hundred cycles."""
+        if not self.module.triple.startswith(("x86_64", "i686")):
+            yield  # NEON in AArch64 computes with them at full speed
+            return
+        saved, changed = self.b.alloca(I32), self.b.alloca(I32)
+        store, load = (
+            ir.Function(self.module, ir.FunctionType(ir.VoidType(), [POINTER]), f"llvm.x86.sse.{verb}mxcsr")
+            for verb in ("st", "ld")
+        )
+        address = [self.b.bitcast(pointer, POINTER) for pointer in (saved, changed)]
+        self.b.call(store, address[:1])
+        flags = self.b.or_(self.b.load(address[0], typ=I32), ir.Constant(I32, _FLUSH_TO_ZERO | _DENORMALS_ARE_ZERO))
+        self.b.store(flags, address[1])
+        self.b.call(load, address[1:])
+        yield
+        self.b.call(load, address[:1])
 
     def _phi(self, value: Value, block: Value) -> Value:
         phi = self.b.phi(value.type)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Float32Array = npt.NDArray[np.float32]
 
-_FIXED = {
+_FIXED: Mapping[str, Mapping[str, Any]] = {
     "Conv": {"group": 1, "strides": [1, 1], "dilations": [1, 1], "auto_pad": b"NOTSET"},
     "MaxPool": {"kernel_shape": [2, 2], "strides": [2, 2], "dilations": [1, 1], "pads": [0] * 4, "ceil_mode": 0},
     "ConvTranspose": {
@@ -124,7 +124,11 @@ class _Graph:
     def weighted(self, kind: str, *, size: int) -> tuple[Float32Array, ...]:
         """Weights and biases of a convolution of `size` x `size`."""
         node = self.step(kind)
-        weights, biases = self._weight(node, 1), self._weight(node, 2)
+        weights = self._weight(node, 1)
+        if len(node.input) > 2:
+            biases = self._weight(node, 2)
+        else:  # the exporter leaves zeros out
+            biases = np.zeros(weights.shape[1 if kind == "ConvTranspose" else 0], np.float32)
         pads = self._attributes(node).get("pads", [0] * 4)
         if weights.shape[2:] != (size, size) or (kind == "Conv" and pads != [size // 2] * 4):
             raise self.refusal(f"{node.output[0]!r} is a {kind} of {weights.shape[2:]} with the padding {pads}")
@@ -140,8 +144,8 @@ class _Graph:
         return found
 
     def _check_attributes(self, node: NodeProto) -> None:
-        found = self._attributes(node)
-        for name, value in _FIXED.get(node.op_type, {}).items():
+        found, fixed = self._attributes(node), _FIXED.get(node.op_type, {})
+        for name, value in fixed.items():
             if name in found and found[name] != value:
                 raise self.refusal(f"{node.output[0]!r} is a {node.op_type} whose {name} is {found[name]}")
 

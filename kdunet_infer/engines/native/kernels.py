@@ -1,123 +1,25 @@
 """The arithmetic, as LLVM code for the CPU it will run on: every kernel makes some rows of one layer, vectorised along x.
 
-Maps are planar float32. A row of a map holds its channels one after the other; a map keeps a ring of rows. Runtimes that vectorise
-over channels waste most lanes of a network of 2 channels; along x none is wasted. A convolution holds `rows x channels x vectors`
-sums in registers while it passes over the input channels: each weight that is loaded serves all vectors and each input vector all
-channels and up to three rows, so that the fused multiply-adds and not the loads are the limit.
+Maps are planar float32. A row of a map holds its channels one after the other; a map keeps a ring of rows. Runtimes that
+vectorise over channels waste most lanes of a network of 2 channels; along x none is wasted. A convolution holds rows x channels
+x vectors sums in registers while it passes over the input channels: each weight that is loaded serves all vectors, and each
+input vector all channels and up to three rows, so that the fused multiply-adds and not the loads are the limit.
 
-Each sum starts with the bias and adds its products in one order (input channel, row, column), whatever the blocking. So a pixel's bits do
-not depend on where it lies in a tile, nor on the tile.
+Each sum adds its products in one order (input channel, row, column) whatever the blocking, and the bias at the end: a bias in
+the first place would cost every partial sum the bits that it takes. So a pixel's bits do not depend on where it lies in a tile,
+nor on the tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum, auto
 from itertools import product
 
 from llvmlite import ir
 
 from kdunet_infer.engines.native.emit import F32, I8, I64, POINTER, Kernel, Value
-
-MARGIN = 16
-"""Floats before column 0 of each row of a channel; the last one is the zero that pads the image on the left."""
-
-
-class Field(IntEnum):
-    """What a task's record says to its kernel; 64-bit integers, addresses in bytes, strides in floats."""
-
-    KERNEL = 0
-    """Its place in `Machine.kernels`."""
-    CLOCK = auto()
-    LAG = auto()
-    ROW_BEGIN = auto()
-    ROW_END = auto()
-    """Rows of the clock's level."""
-    X_BEGIN = auto()
-    X_END = auto()
-    HEIGHT = auto()
-    """Of the map that is read; rows beyond it are zero."""
-    IN = auto()
-    IN_CHANNELS = auto()
-    IN_STRIDE = auto()
-    """From channel to channel of a row."""
-    IN_ROWS = auto()
-    """Of the ring."""
-    IN2 = auto()
-    IN2_CHANNELS = auto()
-    IN2_STRIDE = auto()
-    IN2_ROWS = auto()
-    OUT = auto()
-    OUT_CHANNELS = auto()
-    OUT_STRIDE = auto()
-    OUT_ROWS = auto()
-    WEIGHTS = auto()
-    BIASES = auto()
-    ZEROS = auto()
-    """A row of zeros as long as any."""
-    ORIGIN_Y = auto()
-    """Row and column of the image at the first element of a plain (not ring) input or output."""
-    ORIGIN_X = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Blocking:
-    """How many sums a kernel holds: rows x channels x vectors registers, and as many again must do for the rest."""
-
-    rows: int
-    channels: int
-    vectors: int
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What of the CPU decides how code is blocked."""
-
-    n_lanes: int
-    """float32 in a register."""
-    convolutions: tuple[Blocking, ...]
-    """Most channels first; the last has one channel."""
-    upsamplings: tuple[Blocking, ...]
-    """`rows` is 1; the four outputs of each pixel take four registers a vector."""
-
-    def kernel(self, name: str, n_channels: int = 1) -> tuple[int, int]:
-        """The index of the kernel for a map of `n_channels`, and how many of them it makes at a time."""
-        fitting = [(i, channels) for i, (kind, channels) in enumerate(self.kernels) if kind == name and n_channels % channels == 0]
-        return max(fitting, key=lambda found: found[1])
-
-    @property
-    def kernels(self) -> list[tuple[str, int]]:
-        """Names of the kernels, and how many channels each makes at a time."""
-        return [
-            ("normalise", 1),
-            ("pool", 1),
-            ("head", 1),
-            *(("convolve", blocking.channels) for blocking in self.convolutions),
-            *(("upsample", blocking.channels) for blocking in self.upsamplings),
-        ]
-
-
-WIDE = Machine(
-    16,
-    (Blocking(1, 8, 2), Blocking(2, 4, 2), Blocking(2, 2, 4), Blocking(2, 1, 4)),
-    (Blocking(1, 2, 2), Blocking(1, 1, 2)),
-)
-"""32 registers of 16 lanes: AVX-512."""
-NARROW = Machine(
-    8,
-    (Blocking(1, 4, 2), Blocking(2, 2, 2), Blocking(2, 1, 4)),
-    (Blocking(1, 1, 2),),
-)
-"""16 registers of 8 lanes: AVX2."""
-SMALL = Machine(
-    4,
-    (Blocking(1, 4, 4), Blocking(2, 2, 4), Blocking(2, 1, 4)),
-    (Blocking(1, 1, 4),),
-)
-"""32 registers of 4 lanes: NEON; a CPU of SSE spills some."""
-
-
+from kdunet_infer.engines.native.machine import MARGIN, Blocking, Field, Machine
 
 
 def module(machine: Machine, triple: str) -> ir.Module:
@@ -127,7 +29,8 @@ def module(machine: Machine, triple: str) -> ir.Module:
     kernels = [
         _normalise(built, machine),
         _pool(built, machine),
-        _head(built, machine),
+        _head(built, machine, as_mask=False),
+        _head(built, machine, as_mask=True),
         *(_convolve(built, machine, blocking) for blocking in machine.convolutions),
         *(_upsample(built, machine, blocking) for blocking in machine.upsamplings),
     ]
@@ -141,19 +44,20 @@ def _run(module: ir.Module, machine: Machine, kernels: list[Value]) -> None:
     records, n_tasks, rows_per_step, step_begin, step_end = k.function.args
 
     def step(s: Value) -> None:
-        k.loop(k.int(0), n_tasks, 1, lambda i: task(s, i))
+        k.loop(k.integer(0), n_tasks, 1, lambda i: task(s, i))
 
     def task(s: Value, i: Value) -> None:
-        record = k.at(records, k.b.mul(i, k.int(len(Field))), I64)
+        record = k.at(records, k.b.mul(i, k.integer(len(Field))), I64)
 
         def rows_done(n_steps: Value) -> Value:
             rows = k.b.ashr(k.b.mul(n_steps, rows_per_step), k.field(record, Field.CLOCK))
             unclipped = k.b.sub(rows, k.field(record, Field.LAG))
             return k.smaller(k.greater(unclipped, k.field(record, Field.ROW_BEGIN)), k.field(record, Field.ROW_END))
 
-        k.choose(k.field(record, Field.KERNEL), kernels, [record, rows_done(s), rows_done(k.b.add(s, k.int(1)))])
+        k.choose(k.field(record, Field.KERNEL), kernels, [record, rows_done(s), rows_done(k.b.add(s, k.integer(1)))])
 
-    k.loop(step_begin, step_end, 1, step)
+    with k.denormals_as_zero():
+        k.loop(step_begin, step_end, 1, step)
     k.b.ret_void()
 
 
@@ -175,23 +79,23 @@ def _map(k: Kernel, record: Value, first: Field) -> _Map:
 def _row(k: Kernel, m: _Map, row: Value) -> Value:
     """The address of column 0 of channel 0 of a row that is in the ring."""
     index = k.b.mul(k.b.srem(row, m.n_rows), k.b.mul(m.n_channels, m.stride))
-    return k.at(m.pointer, k.b.add(index, k.int(MARGIN)))
+    return k.at(m.pointer, k.b.add(index, k.integer(MARGIN)))
 
 
 def _row_or_zeros(k: Kernel, record: Value, m: _Map, row: Value) -> tuple[Value, Value]:
     """The same and the stride from channel to channel; zeros above and below the map, as the network pads."""
     height = k.field(record, Field.HEIGHT)
-    inside = k.b.and_(k.b.icmp_signed(">=", row, k.int(0)), k.b.icmp_signed("<", row, height))
-    zeros = k.at(k.pointer_field(record, Field.ZEROS), k.int(MARGIN))
-    safe = k.b.select(inside, row, k.int(0))
-    return k.b.select(inside, _row(k, m, safe), zeros), k.b.select(inside, m.stride, k.int(0))
+    inside = k.b.and_(k.b.icmp_signed(">=", row, k.integer(0)), k.b.icmp_signed("<", row, height))
+    zeros = k.at(k.pointer_field(record, Field.ZEROS), k.integer(MARGIN))
+    safe = k.b.select(inside, row, k.integer(0))
+    return k.b.select(inside, _row(k, m, safe), zeros), k.b.select(inside, m.stride, k.integer(0))
 
 
 def _in_vectors(k: Kernel, record: Value, n_vectors: int, body: Callable[[Value, int], None]) -> None:
     """`body(x, n)` over the columns, `n_vectors` registers at a time and then one by one; up to a register beyond the end."""
     begin, end = k.field(record, Field.X_BEGIN), k.field(record, Field.X_END)
     size = n_vectors * k.n_lanes
-    whole = k.b.sub(end, k.int(size - k.n_lanes))  # a last block that is more than a register too long is cut
+    whole = k.b.sub(end, k.integer(size - k.n_lanes))  # a last block that is more than a register too long is cut
     x, _ = k.loop(begin, whole, size, lambda x: body(x, n_vectors))
     if n_vectors > 1:
         k.loop(x, end, k.n_lanes, lambda x: body(x, 1))
@@ -208,7 +112,7 @@ def _normalise(module: ir.Module, machine: Machine) -> Value:
     record, begin, end = k.function.args
     image, out = _map(k, record, Field.IN), _map(k, record, Field.OUT)
     constants = k.pointer_field(record, Field.WEIGHTS)
-    mean, deviation = (k.splat(k.load(k.at(constants, k.int(i)), F32)) for i in (0, 1))
+    mean, deviation = (k.splat(k.load(k.at(constants, k.integer(i)), F32)) for i in (0, 1))
     x_end = k.field(record, Field.X_END)
 
     def row(y: Value) -> None:
@@ -232,28 +136,29 @@ def _convolve(module: ir.Module, machine: Machine, blocking: Blocking) -> Value:
     record, begin, end = k.function.args
     inputs, out = (_map(k, record, Field.IN), _map(k, record, Field.IN2)), _map(k, record, Field.OUT)
     weights, biases = k.pointer_field(record, Field.WEIGHTS), k.pointer_field(record, Field.BIASES)
-    n_weights = k.b.mul(k.b.add(inputs[0].n_channels, inputs[1].n_channels), k.int(9 * blocking.channels))
+    n_weights = k.b.mul(k.b.add(inputs[0].n_channels, inputs[1].n_channels), k.integer(9 * blocking.channels))
 
     def rows(y: Value, n_rows: int) -> None:
-        above = k.b.sub(y, k.int(1))
-        read = [[_row_or_zeros(k, record, m, k.b.add(above, k.int(j))) for j in range(n_rows + 2)] for m in inputs]
-        written = [_row(k, out, k.b.add(y, k.int(r))) for r in range(n_rows)]
+        above = k.b.sub(y, k.integer(1))
+        read = [[_row_or_zeros(k, record, m, k.b.add(above, k.integer(j))) for j in range(n_rows + 2)] for m in inputs]
+        written = [_row(k, out, k.b.add(y, k.integer(r))) for r in range(n_rows)]
 
         def channels(c: Value) -> None:
-            group = k.b.sdiv(c, k.int(blocking.channels))
+            group = k.b.sdiv(c, k.integer(blocking.channels))
             w, bias = k.at(weights, k.b.mul(group, n_weights)), k.at(biases, c)
             targets = [
-                [k.at(row, k.b.mul(k.b.add(c, k.int(i)), out.stride)) for i in range(blocking.channels)] for row in written
+                [k.at(row, k.b.mul(k.b.add(c, k.integer(i)), out.stride)) for i in range(blocking.channels)] for row in written
             ]
 
             def columns(x: Value, n_vectors: int) -> None:
                 block = Blocking(n_rows, blocking.channels, n_vectors)
-                sums = [k.splat(k.load(k.at(bias, k.int(i)), F32)) for _, i, _ in _places(block)]
+                sums = [k.constant(0.0)] * len(_places(block))
                 kernel = w
                 for m, sources in zip(inputs, read, strict=True):
                     begins = [(k.at(row, x), stride) for row, stride in sources]
                     kernel, sums = _add_products(k, block, m.n_channels, begins, kernel, sums)
                 for (r, i, v), total in zip(_places(block), sums, strict=True):
+                    total = k.b.fadd(total, k.splat(k.load(k.at(bias, k.integer(i)), F32)))
                     k.store_vector(k.maximum(k.constant(0.0), total), k.at(targets[r][i], x), v * k.n_lanes)  # NaN stays NaN
 
             _in_vectors(k, record, blocking.vectors, columns)
@@ -261,9 +166,9 @@ def _convolve(module: ir.Module, machine: Machine, blocking: Blocking) -> Value:
                 for target in row:
                     _pad_right(k, record, target)
 
-        k.loop(k.int(0), out.n_channels, blocking.channels, channels)
+        k.loop(k.integer(0), out.n_channels, blocking.channels, channels)
 
-    y, _ = k.loop(begin, k.b.sub(end, k.int(blocking.rows - 1)), blocking.rows, lambda y: rows(y, blocking.rows))
+    y, _ = k.loop(begin, k.b.sub(end, k.integer(blocking.rows - 1)), blocking.rows, lambda y: rows(y, blocking.rows))
     if blocking.rows > 1:
         k.loop(y, end, 1, lambda y: rows(y, 1))
     k.b.ret_void()
@@ -287,14 +192,14 @@ def _add_products(
                 if not 0 <= j - ky < block.rows:
                     continue
                 for i in range(block.channels):
-                    weight = k.splat(k.load(k.at(w, k.int((3 * ky + kx) * block.channels + i)), F32))
+                    weight = k.splat(k.load(k.at(w, k.integer((3 * ky + kx) * block.channels + i)), F32))
                     for v in range(block.vectors):
                         place = _places(block).index((j - ky, i, v))
                         totals[place] = k.fma(seen[v], weight, totals[place])
         following = [k.at(pointer, stride) for pointer, (_, stride) in zip(pointers, rows, strict=True)]
-        return [*following, k.at(w, k.int(9 * block.channels)), *totals]
+        return [*following, k.at(w, k.integer(9 * block.channels)), *totals]
 
-    _, carried = k.loop(k.int(0), n_channels, 1, channel, [*(pointer for pointer, _ in rows), weights, *sums])
+    _, carried = k.loop(k.integer(0), n_channels, 1, channel, [*(pointer for pointer, _ in rows), weights, *sums])
     return carried[n], carried[n + 1 :]
 
 
@@ -311,15 +216,15 @@ def _pool(module: ir.Module, machine: Machine) -> Value:
     even, odd = (range(first, 2 * k.n_lanes, 2) for first in (0, 1))
 
     def row(y: Value) -> None:
-        above = k.b.mul(y, k.int(2))
-        read, written = [_row(k, fine, k.b.add(above, k.int(j))) for j in range(2)], _row(k, out, y)
+        above = k.b.mul(y, k.integer(2))
+        read, written = [_row(k, fine, k.b.add(above, k.integer(j))) for j in range(2)], _row(k, out, y)
 
         def channel(c: Value) -> None:
             upper, lower = (k.at(source, k.b.mul(c, fine.stride)) for source in read)
             target = k.at(written, k.b.mul(c, out.stride))
 
             def pixels(x: Value) -> None:
-                at = k.b.mul(x, k.int(2))
+                at = k.b.mul(x, k.integer(2))
                 a, b = (
                     k.maximum(k.load_vector(k.at(upper, at), offset), k.load_vector(k.at(lower, at), offset))
                     for offset in (0, k.n_lanes)
@@ -329,7 +234,7 @@ def _pool(module: ir.Module, machine: Machine) -> Value:
             k.loop(k.field(record, Field.X_BEGIN), k.field(record, Field.X_END), k.n_lanes, pixels)
             _pad_right(k, record, target)
 
-        k.loop(k.int(0), out.n_channels, 1, channel)
+        k.loop(k.integer(0), out.n_channels, 1, channel)
 
     k.loop(begin, end, 1, row)
     k.b.ret_void()
@@ -347,15 +252,16 @@ def _upsample(module: ir.Module, machine: Machine, blocking: Blocking) -> Value:
     mixed = [[lane // 2 + (n_lanes if lane % 2 else 0) + half for lane in range(n_lanes)] for half in (0, n_lanes // 2)]
 
     def row(y: Value) -> None:
-        source, fine_y = _row(k, coarse, y), k.b.mul(y, k.int(2))
-        written = [_row(k, out, k.b.add(fine_y, k.int(dy))) for dy in (0, 1)]
+        source, fine_y = _row(k, coarse, y), k.b.mul(y, k.integer(2))
+        written = [_row(k, out, k.b.add(fine_y, k.integer(dy))) for dy in (0, 1)]
 
         def channels(c: Value) -> None:
-            group = k.b.sdiv(c, k.int(blocking.channels))
-            w = k.at(weights, k.b.mul(group, k.b.mul(coarse.n_channels, k.int(n))))
-            bias = [k.splat(k.load(k.at(biases, k.b.add(c, k.int(i))), F32)) for i in range(blocking.channels)]
+            group = k.b.sdiv(c, k.integer(blocking.channels))
+            w = k.at(weights, k.b.mul(group, k.b.mul(coarse.n_channels, k.integer(n))))
+            bias = [k.splat(k.load(k.at(biases, k.b.add(c, k.integer(i))), F32)) for i in range(blocking.channels)]
             targets = [
-                [k.at(fine, k.b.mul(k.b.add(c, k.int(i)), out.stride)) for i in range(blocking.channels)] for fine in written
+                [k.at(fine, k.b.mul(k.b.add(c, k.integer(i)), out.stride)) for i in range(blocking.channels)]
+                for fine in written
             ]
 
             def columns(x: Value, n_vectors: int) -> None:
@@ -365,24 +271,24 @@ def _upsample(module: ir.Module, machine: Machine, blocking: Blocking) -> Value:
                     seen = [k.load_vector(pointer, v * n_lanes) for v in range(n_vectors)]
                     added = []
                     for (dy, i, dx, v), total in zip(_quads(blocking, n_vectors), sums, strict=True):
-                        weight = k.splat(k.load(k.at(w, k.int((2 * dy + dx) * blocking.channels + i)), F32))
+                        weight = k.splat(k.load(k.at(w, k.integer((2 * dy + dx) * blocking.channels + i)), F32))
                         added.append(k.fma(seen[v], weight, total))
-                    return [k.at(pointer, coarse.stride), k.at(w, k.int(n)), *added]
+                    return [k.at(pointer, coarse.stride), k.at(w, k.integer(n)), *added]
 
-                _, (_, _, *sums) = k.loop(k.int(0), coarse.n_channels, 1, channel, [k.at(source, x), w, *begins])
+                _, (_, _, *sums) = k.loop(k.integer(0), coarse.n_channels, 1, channel, [k.at(source, x), w, *begins])
                 found = dict(zip(_quads(blocking, n_vectors), sums, strict=True))
                 for dy, i, v in product((0, 1), range(blocking.channels), range(n_vectors)):
-                    target = k.at(targets[dy][i], k.b.mul(x, k.int(2)))
+                    target = k.at(targets[dy][i], k.b.mul(x, k.integer(2)))
                     for half in (0, 1):
                         together = k.shuffle(found[dy, i, 0, v], found[dy, i, 1, v], mixed[half])
                         k.store_vector(together, target, (2 * v + half) * n_lanes)
 
             _in_vectors(k, record, blocking.vectors, columns)
             for target in (*targets[0], *targets[1]):
-                fine_end = k.b.mul(k.field(record, Field.X_END), k.int(2))
+                fine_end = k.b.mul(k.field(record, Field.X_END), k.integer(2))
                 k.b.store(ir.Constant(F32, 0.0), k.at(target, fine_end), align=4)
 
-        k.loop(k.int(0), out.n_channels, blocking.channels, channels)
+        k.loop(k.integer(0), out.n_channels, blocking.channels, channels)
 
     k.loop(begin, end, 1, row)
     k.b.ret_void()
@@ -394,26 +300,34 @@ def _quads(blocking: Blocking, n_vectors: int) -> list[tuple[int, int, int, int]
     return list(product((0, 1), range(blocking.channels), (0, 1), range(n_vectors)))
 
 
-def _head(module: ir.Module, machine: Machine) -> Value:
-    """1x1 convolution to one map, the logistic function, and out into the result."""
-    k = Kernel(module, "head", [POINTER, I64, I64], machine.n_lanes)
+def _head(module: ir.Module, machine: Machine, *, as_mask: bool) -> Value:
+    """1x1 convolution to one map, the logistic function, and out into the result: the probability, or a mask of uint8.
+
+    The mask is 1 where the very probability that the other kernel would store reaches the threshold, else 0; 255 for NaN.
+    """
+    k = Kernel(module, "mask" if as_mask else "probability", [POINTER, I64, I64], machine.n_lanes)
     record, begin, end = k.function.args
     features, out = _map(k, record, Field.IN), _map(k, record, Field.OUT)
     weights, bias = k.pointer_field(record, Field.WEIGHTS), k.load(k.pointer_field(record, Field.BIASES), F32)
+    threshold = k.splat(k.load(k.pointer_field(record, Field.THRESHOLD), F32))
     x_begin, x_end = k.field(record, Field.X_BEGIN), k.field(record, Field.X_END)
+    kind = I8 if as_mask else F32
 
     def row(y: Value) -> None:
         source = _row(k, features, y)
-        target = k.at(out.pointer, k.b.mul(k.b.sub(y, k.field(record, Field.ORIGIN_Y)), out.stride))
+        target = k.at(out.pointer, k.b.mul(k.b.sub(y, k.field(record, Field.ORIGIN_Y)), out.stride), kind)
 
         def pixels(x: Value) -> None:
             def channel(c: Value, pointer: Value, total: Value) -> list[Value]:
                 weight = k.splat(k.load(k.at(weights, c), F32))
                 return [k.at(pointer, features.stride), k.fma(k.load_vector(pointer), weight, total)]
 
-            _, (_, logit) = k.loop(k.int(0), features.n_channels, 1, channel, [k.at(source, x), k.splat(bias)])
-            index = k.b.sub(x, k.field(record, Field.ORIGIN_X))
-            k.store_first(_logistic(k, logit), k.at(target, index), k.b.sub(x_end, x))
+            _, (_, total) = k.loop(k.integer(0), features.n_channels, 1, channel, [k.at(source, x), k.constant(0.0)])
+            found = _logistic(k, k.b.fadd(total, k.splat(bias)))
+            if as_mask:
+                is_nan = k.b.sext(k.b.fcmp_unordered("uno", found, found), k.bytes)
+                found = k.b.or_(k.b.zext(k.b.fcmp_ordered(">=", found, threshold), k.bytes), is_nan)
+            k.store_first(found, k.at(target, k.b.sub(x, k.field(record, Field.ORIGIN_X)), kind), k.b.sub(x_end, x))
 
         k.loop(x_begin, x_end, k.n_lanes, pixels)
 

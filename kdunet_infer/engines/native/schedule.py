@@ -1,7 +1,7 @@
 """What the kernels do, in integers: which layer makes which rows and columns, when, and from which buffer. No arrays, no code.
 
-Every layer keeps only a rolling window of its rows. Time runs in steps; a step feeds the network `ROWS_PER_STEP` more rows of the
-image, and then each layer makes all rows whose inputs exist:
+Every layer keeps only a rolling window of its rows. Time runs in steps; a step feeds the network `ROWS_PER_STEP` more rows of
+the image, and then each layer makes all rows whose inputs exist:
 
     rows of level l that exist after step s     ((s + 1) * ROWS_PER_STEP >> l) - lag      clipped to the rows that are needed
 

@@ -10,16 +10,17 @@ import numpy.typing as npt
 
 from kdunet_infer.blockwise import Float32Array, UInt8Array
 from kdunet_infer.engines.native.graph import Network
-from kdunet_infer.engines.native.kernels import MARGIN, Field, Machine
-from kdunet_infer.engines.native.schedule import Kind, Layer, Range, Schedule, Task, schedule
+from kdunet_infer.engines.native.machine import MARGIN, Field, Machine
+from kdunet_infer.engines.native.schedule import ROWS_PER_STEP, Kind, Layer, Range, Task, schedule
 
 _KERNEL = {
     Kind.NORMALISE: "normalise",
     Kind.CONVOLVE: "convolve",
     Kind.POOL: "pool",
     Kind.UPSAMPLE: "upsample",
-    Kind.HEAD: "head",
+    Kind.HEAD: "probability",
 }
+_HEADS = {np.float32: "probability", np.uint8: "mask"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +66,33 @@ class Workspace:
         self._schedule = schedule(packed.layers, size, window)
         tasks = self._schedule.tasks
         self._strides = [_stride(task, machine, size[1]) for task in tasks]
-        places = np.cumsum([0, *(task.n_buffer_rows * task.layer.n_channels * stride for task, stride in zip(tasks, self._strides, strict=True))])
+        places = np.cumsum(
+            [
+                0,
+                *(
+                    task.n_buffer_rows * task.layer.n_channels * stride
+                    for task, stride in zip(tasks, self._strides, strict=True)
+                ),
+            ]
+        )
         self._buffer = _aligned_zeros(int(places[-1]))
         self._addresses = [self._buffer.ctypes.data + 4 * int(place) for place in places[:-1]]
         self._zeros = np.zeros(max(self._strides) + MARGIN, np.float32)
+        self._threshold = np.zeros(1, np.float32)
+        self._head_kernels = {np.dtype(dtype): machine.kernel(name)[0] for dtype, name in _HEADS.items()}
         self._records = np.stack([self._record(i, size) for i in range(len(tasks))])
 
-    def run(self, run: Any, rows_per_step: int, tile: UInt8Array, out: Float32Array) -> None:
-        """Compute the window of `tile` (y, x) into `out`, both contiguous along x. `run` is the compiled driver."""
+    def run(self, run: Any, tile: UInt8Array, out: Float32Array | UInt8Array, threshold: float = 0.0) -> None:
+        """Compute the window of `tile` (y, x) into `out`, both contiguous along x. `run` is the compiled driver.
+
+        float32 gets the probability, uint8 a mask: 1 where the probability is at least `threshold`.
+        """
         first, last = self._records[0], self._records[-1]
+        last[Field.KERNEL] = self._head_kernels[out.dtype]
+        self._threshold[0] = threshold
         first[Field.IN], first[Field.IN_STRIDE] = tile.ctypes.data, tile.strides[0]
         last[Field.OUT], last[Field.OUT_STRIDE] = out.ctypes.data, out.strides[0] // out.itemsize
-        run(self._records.ctypes.data, len(self._records), rows_per_step, *self._schedule.steps)
+        run(self._records.ctypes.data, len(self._records), ROWS_PER_STEP, *self._schedule.steps)
 
     def _record(self, index: int, size: tuple[int, int]) -> npt.NDArray[np.int64]:
         task, packed = self._schedule.tasks[index], self._packed
@@ -94,7 +110,7 @@ class Workspace:
             record[field : field + 4] = self._map(source)
         record[Field.OUT : Field.OUT + 4] = self._map(index)
         record[Field.WEIGHTS], record[Field.BIASES] = packed.weights[index].ctypes.data, packed.biases[index].ctypes.data
-        record[Field.ZEROS] = self._zeros.ctypes.data
+        record[Field.ZEROS], record[Field.THRESHOLD] = self._zeros.ctypes.data, self._threshold.ctypes.data
         record[Field.ORIGIN_Y], record[Field.ORIGIN_X] = (begin for begin, _ in self._window)
         return record
 
@@ -105,7 +121,7 @@ class Workspace:
 
 
 def _stride(task: Task, machine: Machine, width: int) -> int:
-    """Floats of a row of one channel: margin, columns, and what the last register writes beyond them before the next margin's zero."""
+    """Floats of a row of one channel: a margin, the columns, and room for the last register before the next margin's zero."""
     columns = width >> task.layer.level
     registers = -(-columns // machine.n_lanes) + 2
     # An odd number of registers: rows a power of two apart would fall into the same lines of the cache.
