@@ -53,7 +53,7 @@ def test_bf16_is_float32_but_for_its_rounding(released: Model, tiles: np.ndarray
         pytest.skip("this CPU does not multiply bfloat16")
     want = OpenVinoEngine(released, n_threads=1).infer(tiles)
     found = OpenVinoEngine(released, n_threads=1, precision="bf16").infer(tiles)
-    assert 1e-4 < np.abs(found - want).max() < 0.3
+    assert 1e-4 < np.abs(found - want).max() < 0.5
     assert ((found >= 0.5) != (want >= 0.5)).mean() < 0.003
 
 

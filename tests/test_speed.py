@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -111,20 +111,35 @@ def test_engines_take_turns_round_by_round(clock: Clock) -> None:
 
 def test_the_core_is_what_segment_computes() -> None:
     engine, slices = ProbeEngine(radius=3, stride=2), noise((2, 32, 48))
-    run = core_run(engine, mirrored(slices, engine.card.halo_zyx[1:]), engine.card.halo_zyx[1:])
+    run, n_at_once = core_run(engine, mirrored(slices, engine.card.halo_zyx[1:]), engine.card.halo_zyx[1:])
+    assert n_at_once == 1
     found = [run()[0] for _ in range(3)]
     want = segment_whole(slices, engine, engine.card)
     np.testing.assert_array_equal(np.stack(found), want[[0, 1, 0]])  # tile after tile, and again from the first
 
 
-def test_an_engine_that_computes_windows_is_asked_for_the_core_alone() -> None:
-    asked: list[tuple[object, ...]] = []
-    engine = SimpleNamespace(infer_window=lambda tiles, rows, columns: asked.append((tiles, rows, columns)))
-    tiles = noise((1, 40, 60))
-    core_run(engine, tiles, (4, 10))()  # type: ignore[arg-type]
-    ((seen, *window),) = asked
-    np.testing.assert_array_equal(seen, tiles)  # type: ignore[arg-type]
-    assert window == [(4, 36), (10, 50)]
+class Windows(ProbeEngine):
+    """A probe that computes windows, three tiles at once."""
+
+    batch_size = 3
+
+    def infer(self, tiles: UInt8Array) -> Float32Array:
+        raise AssertionError("a whole tile was computed")
+
+    def infer_window(self, tiles: UInt8Array, rows: tuple[int, int], columns: tuple[int, int]) -> Float32Array:
+        return super().infer(tiles)[:, slice(*rows), slice(*columns)]
+
+    def mask_window(self, tiles: UInt8Array, rows: object, columns: object, threshold: float) -> UInt8Array:
+        raise AssertionError("probabilities are compared")
+
+
+def test_an_engine_that_computes_windows_is_asked_for_the_cores_alone() -> None:
+    engine, slices = Windows(radius=3, stride=2), noise((2, 32, 48))
+    run, n_at_once = core_run(engine, mirrored(slices, engine.card.halo_zyx[1:]), engine.card.halo_zyx[1:])
+    assert n_at_once == 3
+    want = segment_whole(slices, ProbeEngine(radius=3, stride=2), engine.card)
+    for places in ([0, 1, 0], [1, 0, 1], [0, 1, 0]):
+        np.testing.assert_array_equal(run(), want[places])
 
 
 def test_the_halo_is_mirrored_without_repeating_the_edge() -> None:

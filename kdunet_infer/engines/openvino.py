@@ -41,7 +41,7 @@ BF16_CAPABILITY = "BF16"
 class OpenVinoEngine:
     """A model in OpenVINO on the CPU, on `n_threads` threads; None takes every CPU this process may use.
 
-    `precision` bf16 keeps 8 bits of each weight and feature: faster, but probabilities move by up to 0.1. Raises EngineError
+    `precision` bf16 keeps 8 bits of each weight and feature: faster, but probabilities move by up to 0.3. Raises EngineError
     for an unknown device or precision or a model OpenVINO cannot load, EngineUnavailable for bf16 on a CPU without it.
     """
 

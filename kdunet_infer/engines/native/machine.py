@@ -90,7 +90,7 @@ class Machine:
 
 WIDE = Machine(
     16,
-    (Blocking(1, 8, 2), Blocking(2, 4, 2), Blocking(2, 2, 4), Blocking(2, 1, 4)),
+    (Blocking(1, 8, 2), Blocking(2, 4, 2), Blocking(2, 2, 4), Blocking(2, 1, 8)),
     (Blocking(1, 2, 2), Blocking(1, 1, 2)),
 )
 """32 registers of 16 lanes: AVX-512."""
