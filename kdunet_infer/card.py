@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,10 @@ CARD_FORMAT = 2
 """Raised when a field is added or changes its meaning; older cards are read, newer ones refused, never guessed at."""
 
 N_GREY_VALUES = 256
+ENDLESS = 1e300
+"""Numbers from here on are none: JSON has integers that no float holds, and NaN."""
+LARGEST = 4096
+"""Voxels of stride or halo: far above any network's, and a tile of three times that still fits into memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +57,14 @@ class ModelCard:
     """Where it came from: data, licence, citation, recipe, validation figures. Free JSON, never read by a run."""
 
     def __post_init__(self) -> None:
+        for name, (is_right, wanted) in _KINDS.items():
+            if not is_right(value := getattr(self, name)):
+                raise ModelCardError(f"the model card's {name} is {value!r}, not {wanted}; re-export the model.")
         for axis, halo, stride in zip("zyx", self.halo_zyx, self.stride_zyx, strict=True):
-            if type(stride) is not int or type(halo) is not int or stride < 1 or halo < 0:
+            if not (1 <= stride <= LARGEST and 0 <= halo <= LARGEST):
                 raise ModelCardError(
-                    f"stride {stride} and halo {halo} along {axis} cannot be; give integers, stride >= 1 and halo >= 0."
+                    f"stride {stride} and halo {halo} along {axis} cannot be; "
+                    f"give stride >= 1 and halo >= 0, neither above {LARGEST}."
                 )
             if halo % stride:
                 raise ModelCardError(
@@ -80,7 +88,7 @@ class ModelCard:
         """
         try:
             found = json.loads(text)
-        except json.JSONDecodeError as exc:
+        except (ValueError, RecursionError) as exc:  # UnicodeDecodeError too: protobuf gives bytes where a text is none
             raise ModelCardError(f"the model card is not JSON ({exc}); re-export the model.") from exc
         if not isinstance(found, dict):
             raise ModelCardError(f"the model card is a {type(found).__name__}, not a JSON object; re-export the model.")
@@ -91,12 +99,36 @@ class ModelCard:
             raise ModelCardError(f"the model card has the unknown field {unknown[0]!r}; update kdunet or re-export the model.")
         if missing := sorted(required - found.keys()):
             raise ModelCardError(f"the model card lacks the field {missing[0]!r}; re-export the model.")
-        try:
-            return cls(**{name: _frozen(value) for name, value in found.items()})
-        except (TypeError, ValueError) as exc:
-            if isinstance(exc, ModelCardError):
-                raise
-            raise ModelCardError(f"the model card has a field of the wrong kind ({exc}); re-export the model.") from exc
+        return cls(**{name: _frozen(value) for name, value in found.items()})
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < ENDLESS
+
+
+def _is_three(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(map(is_right, value))
+
+
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda value: isinstance(value, str) and value != "", "a text"),
+    "version": (lambda value: isinstance(value, str), "a text"),
+    "stride_zyx": (lambda value: _is_three(value, lambda n: type(n) is int), "three integers"),
+    "halo_zyx": (lambda value: _is_three(value, lambda n: type(n) is int), "three integers"),
+    "threshold": (lambda value: type(value) in (int, float), "a number"),
+    "classes": (lambda value: isinstance(value, tuple) and [type(name) for name in value] == [str, str], "two texts"),
+    "intensity_mean": (_is_number, "a number"),
+    "intensity_std": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "grey_preparation": (lambda value: isinstance(value, str), "a text"),
+    "voxel_size_nm": (
+        lambda value: value is None or _is_three(value, lambda nm: _is_number(nm) and nm > 0),
+        "three lengths above 0",
+    ),
+    "n_parameters": (lambda value: type(value) is int and value >= 0, "a count"),
+    "architecture": (lambda value: isinstance(value, Mapping), "an object"),
+    "provenance": (lambda value: isinstance(value, Mapping), "an object"),
+}
+"""Field -> whether a value may stand there, and what should."""
 
 
 def _check_format(found: Any) -> None:
@@ -114,7 +146,7 @@ def _check_histogram(shares: tuple[float, ...]) -> None:
         found = f"{len(shares)} entries" if isinstance(shares, tuple) else repr(shares)
         raise ModelCardError(f"grey_histogram has {found}, not {N_GREY_VALUES}; re-export the model.")
     for value, share in enumerate(shares):
-        if type(share) not in (int, float) or not 0 <= share < math.inf:
+        if type(share) not in (int, float) or not 0 <= share < ENDLESS:
             raise ModelCardError(f"grey_histogram has {share!r} for grey value {value}, not a share; re-export the model.")
     if shares and not math.isclose(sum(shares), 1, abs_tol=1e-3):  # far above what rounding each to 6 digits can lose
         raise ModelCardError(f"grey_histogram sums to {sum(shares):g}, not 1; re-export the model.")

@@ -1,4 +1,4 @@
-"""What both commands share: one sentence instead of a traceback, and a progress bar that is silent in a pipe."""
+"""What both commands share: one sentence instead of a traceback, a progress bar that is silent in a pipe, help by sections."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import click
 from kdunet_infer.errors import KdunetError
 
 INTERRUPTED = 130
+HELP_WIDTH = 110
+"""Columns, where the terminal has them: most options then take one line."""
 
 
 class SentenceGroup(click.Group):
@@ -32,6 +34,32 @@ class SentenceGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("\nstopped.", err=True)
             ctx.exit(INTERRUPTED)
+
+
+class SectionOption(click.Option):
+    """An option that the help shows below a heading."""
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class SectionCommand(click.Command):
+    """A command with many options: its help shows them by section, in the order in which sections first come."""
+
+    def __init__(self, name: str | None, **kwargs: Any) -> None:
+        super().__init__(name, **{"context_settings": {"max_content_width": HELP_WIDTH}} | kwargs)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options; those without a section go last."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        for option in sorted(options, key=lambda option: not hasattr(option, "section")):
+            if (record := option.get_help_record(ctx)) is not None:
+                sections.setdefault(getattr(option, "section", "Other"), []).append(record)
+        for section, records in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(records)
 
 
 @contextmanager

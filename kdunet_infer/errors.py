@@ -23,6 +23,10 @@ from __future__ import annotations
 class KdunetError(Exception):
     """Base of every error that a user can cause; its text is one sentence fit to print."""
 
+    def __str__(self) -> str:
+        """The sentence on one line; what is quoted in it, such as a path or a field of a file, may hold any character."""
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in super().__str__())
+
 
 class GeometryError(KdunetError, ValueError):
     """A box, shape or region of interest that cannot be."""

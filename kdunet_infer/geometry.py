@@ -82,6 +82,26 @@ class Box:
         return ",".join(f"{begin}:{end}" for begin, end in zip(self.begin, self.end, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class OpenBox:
+    """A box some of whose ends are those of a volume that is not known yet: `10:,:,0:512`."""
+
+    begin: tuple[int | None, int | None, int | None]
+    """First voxel, inclusive; None: the volume's first."""
+    end: tuple[int | None, int | None, int | None]
+    """One past the last voxel; None: the volume's end."""
+
+    def within(self, shape: ZYX) -> Box:
+        """The box it is of a volume of `shape`. Raises GeometryError where it ends before it begins."""
+        begin = _zyx(0 if first is None else first for first in self.begin)
+        return Box(begin, _zyx(size if end is None else end for size, end in zip(shape, self.end, strict=True)))
+
+
+def closed(roi: Box | OpenBox | None, shape: ZYX) -> Box | None:
+    """A region of interest as a box of a volume of `shape`; None where there is none."""
+    return roi.within(shape) if isinstance(roi, OpenBox) else roi
+
+
 def _zyx(values: Iterator[int]) -> ZYX:
     z, y, x = values
     return z, y, x

@@ -122,6 +122,10 @@ class ReadsBoxes(Protocol):
         """Voxels (z, y, x) of `box`; only asked for boxes inside the volume."""
 
 
+class SampledVolume(ReadsBoxes, GreyVolume, Protocol):
+    """A volume to sample and to map: `VolumeSource`."""
+
+
 @dataclass(frozen=True, slots=True)
 class MappedSource:
     """A volume as the model sees it: implements `blockwise.Source`."""
@@ -178,6 +182,19 @@ def intensity_map(
             "mapped to theirs; give --intensity-range lo,hi."
         )
     return IntensityMap("percentiles", low, high, out_low, out_high)
+
+
+def for_pictures(volume: SampledVolume) -> MappedSource:
+    """A volume as uint8 to look at: uint8 as it is, of anything else 0.1 % becomes black and 99.9 % white.
+
+    Raises VolumeError for a volume without grey values to tell apart.
+    """
+    if volume.dtype == np.uint8:
+        return MappedSource(volume, IDENTITY)
+    sample = GreySample.of_volume(volume, max_voxels=CHECKED_VOXELS)
+    _check_varies(volume, sample)
+    low, high = map(sample.quantile, FULL_PERMILLES)
+    return MappedSource(volume, IntensityMap("percentiles", low, high, 0.0, WHITE))
 
 
 def trained_quantile(card: ModelCard, permille: int) -> float:

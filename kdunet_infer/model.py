@@ -49,6 +49,7 @@ class Model:
         proto = _parsed(onnx_bytes, path)
         _check_self_contained(proto, path)
         _check_interface(proto.graph, path)
+        _check_graph(proto, path)
         return cls(path, onnx_bytes, hashlib.sha256(onnx_bytes).hexdigest(), _card(proto, path))
 
 
@@ -122,6 +123,20 @@ def _check_interface(graph: GraphProto, path: Path) -> None:
         found = ", ".join(map(_signature, values)) or "nothing"
         if found != wanted:
             raise ModelError(f"{path} has the {what} {found}; a student has {wanted}: export it with `kdunet export`.")
+
+
+def _check_graph(proto: ModelProto, path: Path) -> None:
+    """What follows relies on it: that nodes have the inputs, outputs and attributes that ONNX says, and weights can be read."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto)
+        for tensor in _tensors(proto.graph):
+            if tensor.data_type != tensor.UNDEFINED:  # of attributes that are no tensor
+                onnx.numpy_helper.to_array(tensor)
+    except Exception as exc:  # the checker is C++, and numpy_helper raises anything
+        why = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise ModelError(f"{path} holds a network that breaks the ONNX format ({why}); copy or export it again.") from exc
 
 
 def _signature(value: ValueInfoProto) -> str:

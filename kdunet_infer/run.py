@@ -6,7 +6,7 @@ Memory is a function of the block, never of the volume: at most three blocks are
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,44 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from kdunet_infer import __version__
-from kdunet_infer.blockwise import DEFAULT_BATCH_SIZE, BlockResult, Engine, Source, UInt8Array, compute_block, read_block
-from kdunet_infer.engines import auto_engine, create_engine
-from kdunet_infer.errors import ConfigError
-from kdunet_infer.geometry import ZYX
+from kdunet_infer.blockwise import BlockResult, Engine, Source, Target, UInt8Array, compute_block, read_block
+from kdunet_infer.cleaning import clean
+from kdunet_infer.geometry import Box, OpenBox, closed
+from kdunet_infer.job import Job, prepare
 from kdunet_infer.metrics import Scores, evaluate_volumes
 from kdunet_infer.model import Model
-from kdunet_infer.plan import YX, Block, Plan, plan_segmentation
-from kdunet_infer.volume import VolumeSource, VolumeTarget, check_image, create_image, create_label, open_labels, open_source
+from kdunet_infer.options import DEFAULT_MODEL, SegmentOptions
+from kdunet_infer.plan import Block, Plan
+from kdunet_infer.volume import VolumeTarget, open_labels
+from kdunet_infer.volume.scratch import scratch
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentOptions:
-    """How to segment; every default is the model's or the volume's own."""
-
-    engine: str = "auto"
-    device: str | None = None
-    """cpu or cuda; None: what the engine prefers."""
-    n_threads: int | None = None
-    """None: every CPU this process may use."""
-    threshold: float | None = None
-    """Foreground = probability >= threshold; None: the model card's."""
-    block_shape: ZYX | None = None
-    """Voxels, a multiple of the target's shard or chunk."""
-    tile_shape: YX | None = None
-    """Longest core of a tile, a multiple of the stride."""
-    batch_size: int = DEFAULT_BATCH_SIZE
-    """Tiles handed to the engine at once."""
-    probabilities: str | Path | None = None
-    """A new volume for round(255 p)."""
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.threshold is not None and not 0.0 < self.threshold < 1.0:
-            raise ConfigError(f"threshold is {self.threshold}; it must be between 0 and 1.")
-        for name in ("batch_size", "n_threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1.")
+__all__ = ["Report", "SegmentOptions", "evaluate", "run_blocks", "segment"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +33,7 @@ class Report:
     """What a run did."""
 
     output: str
+    output_format: str
     model: str
     model_version: str
     model_sha256: str
@@ -66,14 +41,31 @@ class Report:
     """Which engine ran, and why where it was chosen."""
     threshold: float
     plan: str
+    roi: str | None
+    """z0:z1,y0:y1,x0:x1; None: the whole volume."""
+    voxel_size_nm: tuple[float, float, float] | None
+    """zyx; None where it is not known."""
+    intensity: dict[str, Any]
+    """The mapping of raw grey values to uint8."""
+    grey_sample: dict[str, Any]
+    """How much of the volume was looked at for it."""
+    n_missing_chunks: int
+    """Chunk files of the source that do not exist, and were read as the fill value."""
+    n_chunks: int
+    """Chunk files that the source should have; 0 for formats without."""
+    warnings: tuple[str, ...]
+    """One sentence each."""
     n_voxels: int
     n_foreground: int
+    """Of the finished mask."""
     seconds: float
-    """From the first read to the last write; pyramid and engine start not counted."""
+    """From the first read to the last write of raw masks; engine start, cleaning and pyramid not counted."""
     waiting_for_read: float
     """Share of the time that nothing was computed because a block was still being read."""
     computing: float
     waiting_for_write: float
+    cleaning: dict[str, Any] | None = None
+    """How the mask was cleaned, what that did and the seconds it took; None where it was not."""
     iou: float | None = None
     """Against --ground-truth, where it was given."""
 
@@ -96,62 +88,57 @@ class Report:
 def segment(
     source: str | Path,
     target: str | Path | None = None,
-    model: str | Path | Model = "mito-epfl-2unet",
+    model: str | Path | Model = DEFAULT_MODEL,
     options: SegmentOptions | None = None,
     *,
     ground_truth: str | Path | None = None,
     command: str = "",
     progress: Callable[[int, int], None] = lambda done, of: None,
+    warn: Callable[[str], None] = lambda sentence: None,
 ) -> Report:
     """Segment the volume at `source` into `target`, or into labels/<model name> of the source where that is None.
 
-    `progress` is called after each block with the voxels done and the voxels in all. The output counts for nothing until
-    the run ends; a run that breaks off is started over by the same call.
+    A coarser level has no labels: it goes to <volume>-<model>-level<L>.zarr beside the volume. `progress` is called after each
+    block with the voxels done and the voxels in all, over all passes where the mask is cleaned; `warn` with each warning as
+    soon as it is known. The output counts for nothing until the run ends; a run that breaks off is started over by the same
+    call.
 
-    Raises ModelError, VolumeError, EngineError and ConfigError before anything is written for what cannot work, and
-    CorruptChunk, EngineError or VolumeError with a note of the block for what fails on the way.
+    Raises ModelError, VolumeError, EngineError, GeometryError and ConfigError before anything is written for what cannot work,
+    and CorruptChunk, EngineError or VolumeError with a note of the block for what fails on the way.
     """
-    options = options or SegmentOptions()
-    model = model if isinstance(model, Model) else Model.load(model)
-    volume = open_source(source)
-    truth = None if ground_truth is None else open_labels(ground_truth)
-    if truth is not None and truth.shape != volume.shape:
-        raise ConfigError(
-            f"ground truth {ground_truth} has shape {truth.shape} and {source} {volume.shape}; give its own truth."
-        )
-    engine, engine_why = _engine(model, options)
-    threshold = model.card.threshold if options.threshold is None else options.threshold
-    plan = plan_segmentation(
-        volume.shape,
-        model.card,
-        shard_shape=volume.layout.levels[0].write_shape,  # every output is cut into files as its source is
-        block_shape=options.block_shape,
-        tile_shape=options.tile_shape,
-    )
-    mask, probability = _create_targets(volume, target, model, options)
-    timeline = run_blocks(volume, engine, plan, mask, probability, threshold=threshold, options=options, progress=progress)
-    about = {
-        "model": model.card.name,
-        "model_version": model.card.version,
-        "model_sha256": model.sha256,
-        "threshold": threshold,
-        "engine": engine.describe(),
-        "kdunet_version": __version__,
-        "command": command,
-    }
-    for written in filter(None, (mask, probability)):
-        written.finish(about)
+    job = prepare(source, target, model, options or SegmentOptions(), ground_truth=ground_truth)
+    for sentence in job.warnings:
+        warn(sentence)
+    mask, probability = job.create_targets()
+    done = _segment_and_clean(job, mask, probability, progress)
+    about = _about(job, command)
+    cleaned = {"cleaning": job.options.cleaning.to_dict()} if job.options.cleaning else {}
+    roi = job.plan.roi if job.options.roi else None
+    mask.finish(about | cleaned, roi)
+    if probability is not None:
+        probability.finish(about, roi)
+    none_warning = _none_warning(job, done["n_foreground"])
+    for sentence in none_warning:
+        warn(sentence)
     return Report(
         output=str(mask.path),
-        model=model.card.name,
-        model_version=model.card.version,
-        model_sha256=model.sha256,
-        engine=engine_why,
-        threshold=threshold,
-        plan=plan.summary(),
-        n_voxels=plan.roi.n_voxels,
-        iou=None if truth is None else evaluate_volumes(mask.levels[0], truth).confusion.iou,
-        **timeline,
+        output_format=mask.target_format,
+        model=job.model.card.name,
+        model_version=job.model.card.version,
+        model_sha256=job.model.sha256,
+        engine=job.engine_why,
+        threshold=job.threshold,
+        plan=job.plan.summary(),
+        roi=about["roi"],
+        voxel_size_nm=job.source.voxel_size_nm,
+        intensity=about["intensity"],
+        grey_sample=about["grey_sample"],
+        n_missing_chunks=job.n_missing_chunks,
+        n_chunks=job.n_chunks,
+        warnings=(*job.warnings, *none_warning),
+        n_voxels=job.plan.roi.n_voxels,
+        iou=None if job.truth is None else evaluate_volumes(mask.result(), job.truth, roi=roi).confusion.iou,
+        **done,
     )
 
 
@@ -160,24 +147,106 @@ def evaluate(
     truth: str | Path,
     *,
     foreground: int | None = None,
+    mask: str | Path | None = None,
+    tolerance: int = 0,
+    roi: Box | OpenBox | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """Score the labels at `prediction` against those at `truth`, block by block.
+    """Score the labels at `prediction` against those at `truth`, block by block; each of any format that can be read.
 
-    Raises VolumeError where either cannot be read as labels or their shapes differ.
+    Only voxels within `roi` and where `mask` is not 0 count, and with a `tolerance` only those further than that many pixels
+    from the other class of the truth (`evaluate_volumes` says exactly which).
+
+    Raises VolumeError where one cannot be read as labels, shapes differ or no voxel counts, GeometryError for a roi that is not
+    inside, ConfigError for a negative tolerance.
     """
-    return evaluate_volumes(open_labels(prediction), open_labels(truth), foreground=foreground, progress=progress)
+    predicted = open_labels(prediction)
+    return evaluate_volumes(
+        predicted,
+        open_labels(truth),
+        foreground=foreground,
+        mask=None if mask is None else open_labels(mask),
+        tolerance=tolerance,
+        roi=closed(roi, predicted.shape),
+        progress=progress,
+    )
+
+
+def _segment_and_clean(
+    job: Job, mask: VolumeTarget, probability: VolumeTarget | None, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Write all voxels; returns what is known then, as fields of `Report`."""
+    cleaning = job.options.cleaning
+    if not cleaning:
+        return _run(job, mask, probability, progress)
+    n_voxels = job.plan.roi.n_voxels
+    of = n_voxels * (1 + cleaning.n_passes)
+    with scratch(mask) as raw:  # read several times, so it is kept apart from the mask
+        done = _run(job, raw, probability, lambda n_done, _: progress(n_done, of))
+        began = time.perf_counter()
+        cleaned = clean(
+            raw.levels[0].read,
+            mask.write_box,
+            job.plan.roi,
+            cleaning,
+            block_shape=job.plan.block_shape,
+            progress=lambda n_done, _: progress(n_voxels + n_done, of),
+        )
+    what = cleaning.to_dict() | asdict(cleaned)
+    what |= {"n_foreground_before": done["n_foreground"], "seconds": time.perf_counter() - began}
+    return done | {"n_foreground": cleaned.n_foreground, "cleaning": what}
+
+
+def _run(
+    job: Job, mask: VolumeTarget, probability: VolumeTarget | None, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    return run_blocks(
+        job.image,
+        job.engine,
+        job.plan,
+        mask,
+        probability,
+        threshold=job.threshold,
+        batch_size=job.batch_size,
+        progress=progress,
+    )
+
+
+def _about(job: Job, command: str) -> dict[str, Any]:
+    """What a result says about how it was made."""
+    return {
+        "source": job.source.identity,
+        "roi": str(job.plan.roi) if job.options.roi else None,
+        "model": job.model.card.name,
+        "model_version": job.model.card.version,
+        "model_sha256": job.model.sha256,
+        "threshold": job.threshold,
+        "intensity": job.intensity.mapping.to_dict(),
+        "grey_sample": job.intensity.sample.to_dict(),
+        "engine": job.engine.describe(),
+        "kdunet_version": __version__,
+        "command": command,
+    }
+
+
+def _none_warning(job: Job, n_foreground: int) -> tuple[str, ...]:
+    if n_foreground:
+        return ()
+    return (
+        f"no voxel of {job.source.path} became foreground; check that the image looks like what {job.model.card.name} was "
+        "trained on (`kdunet-infer info`): contrast, voxel size, stain.",
+    )
 
 
 def run_blocks(
     source: Source,
     engine: Engine,
     plan: Plan,
-    mask: VolumeTarget,
-    probability: VolumeTarget | None,
+    mask: Target,
+    probability: Target | None,
     *,
     threshold: float,
-    options: SegmentOptions,
+    batch_size: int,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Segment every block of `plan`; returns the foreground count and where the time went, as fields of `Report`."""
@@ -200,7 +269,7 @@ def run_blocks(
                     plan,
                     block,
                     threshold=threshold,
-                    batch_size=options.batch_size,
+                    batch_size=batch_size,
                     with_probability=probability is not None,
                 )
                 n_foreground += int(result.mask.sum())
@@ -286,34 +355,3 @@ def _noting(block: Block) -> Iterator[None]:
     except Exception as exc:
         exc.add_note(f"while segmenting block {block.index}, voxels {block.write_box} (z,y,x)")
         raise
-
-
-def _engine(model: Model, options: SegmentOptions) -> tuple[Engine, str]:
-    chosen: Mapping[str, Any] = {"device": options.device, "n_threads": options.n_threads}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    if options.engine == "auto":
-        return auto_engine(model, **given)
-    engine = create_engine(options.engine, model, **given)
-    return engine, engine.describe()
-
-
-def _create_targets(
-    source: VolumeSource, target: str | Path | None, model: Model, options: SegmentOptions
-) -> tuple[VolumeTarget, VolumeTarget | None]:
-    """The mask and, where asked for, the probabilities; with `overwrite` nothing is removed before both may be written."""
-    overwrite, probabilities = options.overwrite, options.probabilities
-    if probabilities is not None:
-        check_image(probabilities, like=source, overwrite=overwrite)
-        if target is not None and _overlap(Path(target).resolve(), Path(probabilities).resolve()):
-            raise ConfigError(f"mask {target} and probabilities {probabilities} overlap; choose two separate paths.")
-    if target is None:
-        mask = create_label(source, model.card.name, overwrite=overwrite)
-    else:
-        mask = create_image(target, like=source, content="mask", overwrite=overwrite)
-    if probabilities is None:
-        return mask, None
-    return mask, create_image(probabilities, like=source, content="image", overwrite=overwrite)
-
-
-def _overlap(a: Path, b: Path) -> bool:
-    return a == b or a in b.parents or b in a.parents

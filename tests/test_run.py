@@ -13,14 +13,14 @@ import kdunet_infer.run
 from kdunet_infer import __version__
 from kdunet_infer.engines import create_engine
 from kdunet_infer.errors import ConfigError, CorruptChunk, KdunetError, TargetExists
-from kdunet_infer.geometry import Box
+from kdunet_infer.geometry import Box, OpenBox
 from kdunet_infer.model import Model
 from kdunet_infer.run import SegmentOptions, evaluate, segment
 from kdunet_infer.testing import noise, segment_whole
 from kdunet_infer.volume import create_volume, open_labels, open_source
 
-SHAPE = (7, 61, 83)
-CHUNK = (3, 16, 32)
+SHAPE = (18, 61, 83)
+CHUNK = (16, 16, 32)
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def _median(model: Model) -> float:
     "options",
     [
         {},
-        {"block_shape": (3, 16, 32), "batch_size": 1},
-        {"block_shape": (6, 48, 32), "tile_shape": (16, 16), "batch_size": 5},
+        {"block_shape": (16, 16, 32), "batch_size": 1},
+        {"block_shape": (32, 48, 32), "tile_shape": (16, 16), "batch_size": 5},
         {"n_threads": 1, "tile_shape": (32, 64), "engine": "onnxruntime", "device": "cpu"},
     ],
     ids=["defaults", "block-is-chunk", "small-tiles", "named-engine"],
@@ -131,10 +131,19 @@ def test_a_run_that_breaks_off_does_not_look_finished_and_is_started_over(
     np.testing.assert_array_equal(open_labels(report.output).read(Box.of_shape(SHAPE)), whole)
 
 
-def test_a_corrupt_chunk_is_named_with_its_block(volume: Path, model: Model) -> None:
+def test_a_corrupt_chunk_is_named_and_nothing_is_written(volume: Path, model: Model) -> None:
     (volume / "0" / "c" / "1" / "2" / "1").write_bytes(b"\x00\x01\x02")
+    with pytest.raises(CorruptChunk, match=r"chunk \(1, 2, 1\).*volume.zarr.0"):
+        segment(volume, model=model)
+    assert not (volume / "labels").exists()
+
+
+def test_a_chunk_that_goes_bad_on_the_way_is_named_with_its_block(volume: Path, model: Model) -> None:
+    def spoil(done: int, of: int) -> None:
+        (volume / "0" / "c" / "1" / "2" / "1").write_bytes(b"\x00\x01\x02")
+
     with pytest.raises(CorruptChunk, match=r"chunk \(1, 2, 1\).*volume.zarr.0") as caught:
-        segment(volume, model=model, options=SegmentOptions(block_shape=CHUNK))
+        segment(volume, model=model, options=SegmentOptions(block_shape=CHUNK), progress=spoil)
     assert any("while segmenting block" in note for note in caught.value.__notes__)
 
 
@@ -148,14 +157,25 @@ def test_finished_output_is_refused_without_overwrite(volume: Path, model: Model
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"block_shape": (3, 20, 32)}, "not a whole multiple"),
+        ({"block_shape": (16, 20, 32)}, "not a whole multiple"),
         ({"tile_shape": (15, 16)}, "not a multiple of the network's stride"),
-        ({"probabilities": "p.tif"}, "ends in .zarr"),
+        ({"probabilities": "p.png"}, "ends in .zarr"),
+        ({"probabilities": "p.tif"}, r"mask mask.zarr \(ome-zarr-0.5\) and .* p.tif \(tiff\) are cut into different files"),
+        ({"target_format": "tiff"}, "mask.zarr cannot be tiff; give a path that ends in .tif"),
+        ({"roi": Box((0, 0, 0), (18, 61, 84))}, "leaves the volume"),
+        ({"roi": OpenBox((None, 5, None), (None, 5, None))}, "holds no voxels"),
+        ({"level": 1}, "has 1 level, counted from 0, so there is no level 1"),
+        ({"channel": 3}, "no channel 3"),
+        ({"axes": "zy"}, "lack y or x"),
+        ({"intensity_range": (7.0, 7.0)}, "does not increase"),
         ({"probabilities": "foreign.zarr"}, "not made by kdunet"),
         ({"probabilities": "mask.zarr"}, "overlap; choose two separate paths"),
         ({"probabilities": "mask.zarr/p.zarr"}, "overlap; choose two separate paths"),
     ],
-    ids=["block", "tile", "suffix", "foreign", "same", "inside"],
+    ids=[
+        *("block", "tile", "suffix", "files", "format", "roi", "empty-roi", "level", "channel", "axes", "range"),
+        *("foreign", "same", "inside"),
+    ],
 )
 def test_what_is_refused_leaves_the_old_output_as_it_was(
     volume: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
@@ -171,8 +191,8 @@ def test_what_is_refused_leaves_the_old_output_as_it_was(
 
 
 def test_truth_of_another_shape_is_refused_before_anything_is_written(volume: Path, model: Model, tmp_path: Path) -> None:
-    zarr.create_array(str(tmp_path / "other.zarr"), shape=(7, 61, 84), chunks=CHUNK, dtype="uint8")
-    with pytest.raises(ConfigError, match=r"has shape \(7, 61, 84\) and .* \(7, 61, 83\)"):
+    zarr.create_array(str(tmp_path / "other.zarr"), shape=(18, 61, 84), chunks=CHUNK, dtype="uint8")
+    with pytest.raises(ConfigError, match=r"has shape \(18, 61, 84\) and .* \(18, 61, 83\)"):
         segment(volume, model=model, ground_truth=tmp_path / "other.zarr")
     assert not (volume / "labels").exists()
 

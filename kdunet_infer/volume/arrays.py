@@ -213,6 +213,8 @@ def _check_documents(path: Path, zarr_format: Literal[2, 3]) -> bool:
     else:
         document = _json(path, "zarr.json") or {}
         is_array = document.get("node_type") == "array"
+        if not isinstance(document.get("attributes", {}), dict):  # zarr takes an array's as they are
+            raise VolumeError(f"{path} has attributes in zarr.json that are no JSON object; repair or restore it.")
         stored, numbers = document.get("data_type"), _NUMBERS_V3
     if is_array and not (isinstance(stored, str) and numbers.fullmatch(stored)):
         shown = stored.get("name") if isinstance(stored, dict) else stored

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import zarr
 
 from kdunet_infer.errors import VolumeError
 from kdunet_infer.volume.arrays import zarr_voxels
-from kdunet_infer.volume.formats import target_layout
 from kdunet_infer.volume.targets import VolumeTarget
 
 _RAW = ".kdunet/raw"
@@ -22,9 +22,7 @@ def scratch(target: VolumeTarget) -> Iterator[VolumeTarget]:
 
     Raises VolumeError where the disk refuses.
     """
-    path = target.store / _RAW
-    layout = target_layout(target.layout, "zarr")
-    level = layout.levels[0]
+    path, level = target.store / _RAW, target.layout.levels[0]
     try:
         try:
             array = zarr.create_array(
@@ -42,10 +40,12 @@ def scratch(target: VolumeTarget) -> Iterator[VolumeTarget]:
             store=path,
             name=target.name,
             content="mask",
-            layout=layout,
+            layout=replace(target.layout, levels=(level,), version="0.5", zarr_format=3),
             target_format="zarr",
             levels=(zarr_voxels(path, array),),
             is_label=False,
         )
     finally:
-        shutil.rmtree(path.parent, ignore_errors=True)  # unlike the target it carries no mark, and nothing refers to it
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # not empty where a run keeps records
+            path.parent.rmdir()
