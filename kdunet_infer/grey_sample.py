@@ -24,7 +24,7 @@ Int64Array = npt.NDArray[np.int64]
 
 EXACT_VOXELS = 2**30
 """Volumes up to this size are read whole where percentiles are wanted, larger ones sampled: 4 to 10 s at 100 to 260 MB/s."""
-CHECKED_VOXELS = 2**26
+CHECKED_VOXELS = 2**24
 """Enough to compare grey values with the training images: percentiles then are good to far less than a grey level."""
 UNIT_VOXELS = 2**18
 """Chunks smaller than this are read several at a time; still hundreds of units in the smallest sample."""

@@ -2,6 +2,7 @@
 
     python tools/bench.py engines --out docs/results/engines.json     some minutes on two idle cores; --resume goes on
     python tools/bench.py report docs/results/engines.json            the plot beside it, and the tables of docs/performance.md
+    python tools/bench.py segment                                     end to end, from one OME-Zarr to another
     python tools/bench.py instructions                                what each engine executes a pixel, where valgrind is
 
 Needs pip install '.[cpu,openvino,train,bench]'. A contender that cannot run here is listed with the reason.
@@ -28,6 +29,7 @@ import numpy as np
 import tifffile
 from bench_contenders import NAMES, Entry, Subject, UInt8Array, entry, multiply_adds, subject
 from bench_report import write_plot, write_tables
+from bench_segment import measure_segment, write_volume
 from fma_peak import peak_run
 
 from kdunet_infer.speed import REFERENCE, SLICE_SHAPE, race, synthetic_slices
@@ -123,12 +125,12 @@ def _measured(of: Subject, slices: UInt8Array, n_threads: int, *, seconds: float
     return rows
 
 
-def _slices(size: tuple[int, int], *, real: bool) -> tuple[UInt8Array, str]:
+def _slices(size: tuple[int, int], *, real: bool, n: int = N_SLICES) -> tuple[UInt8Array, str]:
     """Slices (n, y, x) of `size`, and what they are of."""
     if real and EPFL.exists():
-        stack: UInt8Array = tifffile.imread(EPFL, key=range(N_SLICES))
+        stack: UInt8Array = tifffile.imread(EPFL, key=range(n))
         return np.ascontiguousarray(stack[:, : size[0], : size[1]]), "EPFL hippocampus, testing sub-volume"
-    return synthetic_slices(N_SLICES, size), "phantom"
+    return synthetic_slices(n, size), "phantom"
 
 
 def _about(slices: UInt8Array, source: str) -> dict[str, Any]:
@@ -169,6 +171,25 @@ def report_command(results: Path, docs: Path) -> None:
     write_tables(found, docs)
     write_plot(found, results.with_suffix(".png"))
     click.echo(f"wrote {docs} and {results.with_suffix('.png')}")
+
+
+@main.command("segment")
+@click.option("--engine", "engines", multiple=True, default=("native",), show_default=True)
+@click.option("--threads", "n_threads", type=int, default=2, show_default=True)
+@click.option("--slices", "n_slices", type=int, default=512, show_default=True, help="Of the volume, 768 x 1024 pixels each.")
+@click.option("--rounds", "n_rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--quick", is_flag=True, help="A tiny volume: shows that it works, not how fast.")
+def segment_command(engines: tuple[str, ...], n_threads: int, n_slices: int, n_rounds: int, quick: bool) -> None:
+    """Segment an OME-Zarr of EPFL slices into another, beside MONAI's sliding windows with a plain read and write."""
+    if quick:
+        slices, n_slices = synthetic_slices(2, QUICK_SHAPE), 8
+    else:
+        slices, _ = _slices(SLICE_SHAPE, real=True, n=64)
+    with tempfile.TemporaryDirectory() as folder:
+        write_volume(Path(folder) / "volume.zarr", slices, n_slices)
+        found = measure_segment(Path(folder), Path(folder) / "volume.zarr", engines, n_threads, n_rounds=n_rounds)
+    for name, speed in found.items():
+        click.echo(f"{name:20} {speed:8.1f} Mvox/s {speed / found['MONAI']:8.1f} x MONAI")
 
 
 @main.command("instructions")
