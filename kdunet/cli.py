@@ -111,11 +111,14 @@ def distill_command(config_file: Path | None, out: Path, max_minutes: float | No
     help="For its card: description=..., licence=..., citation=...; may be repeated.",
 )
 @click.option("--voxel-size", "voxel_size_nm", type=float, nargs=3, help="Of the training images: z y x in nm.")
+@click.option(
+    "--grey-preparation", metavar="TEXT", help="How the training images came to uint8, for its card. [default: uint8 as stored]"
+)
 def export_command(run: Path, out: Path, **about: Any) -> None:
     """Write the network of RUN as ONNX, once it is proven to answer as PyTorch does."""
     from kdunet.export import export_run
 
-    exported = export_run(run, out, **about)
+    exported = export_run(run, out, **{name: value for name, value in about.items() if value is not None})
     click.echo(f"parity with PyTorch on validation crops: max |dp| = {exported.max_difference:.2g}")
     click.echo(
         f"wrote {out} ({out.stat().st_size:,} bytes, sha256 {exported.sha256[:12]}..., threshold {exported.card.threshold})"

@@ -194,6 +194,8 @@ def for_pictures(volume: SampledVolume) -> MappedSource:
     sample = GreySample.of_volume(volume, max_voxels=CHECKED_VOXELS)
     _check_varies(volume, sample)
     low, high = map(sample.quantile, FULL_PERMILLES)
+    if not low < high:  # nearly every voxel has one value
+        low, high = float(sample.values[0]), float(sample.values[-1])
     return MappedSource(volume, IntensityMap("percentiles", low, high, 0.0, WHITE))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from click.testing import CliRunner, Result
 from small_models import unet_onnx
 
@@ -95,6 +97,146 @@ def test_all_background_warns(volume: Path, onnx_file: Path) -> None:
     assert "warning: no voxel of" in result.stderr
 
 
+def test_the_volume_can_be_told_in_all_ways(onnx_file: Path, tmp_path: Path, model: Model) -> None:
+    raw = noise((2, *SHAPE)).astype(np.int16)
+    raw[0] -= 100
+    array = zarr.create_array(str(tmp_path / "raw.zarr"), shape=raw.shape, chunks=(1, 5, 32, 32), dtype="int16")
+    array[...] = raw
+    out = tmp_path / "out.tif"
+    result = infer(
+        "segment", tmp_path / "raw.zarr", "--model", onnx_file, "-o", out, "--axes", "czyx", "--channel", "0", "--json",
+        "--voxel-size", "40,4.5,4.5", "--roi", "1:,:,10:50", "--intensity-range", "-100,155", "--format", "tiff",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["roi"] == "1:5,0:48,10:50"
+    assert found["voxel_size_nm"] == [40.0, 4.5, 4.5]
+    assert (found["intensity"]["low"], found["intensity"]["high"]) == (-100, 155)
+    plain = tmp_path / "plain.tif"
+    tifffile.imwrite(plain, noise((2, *SHAPE))[0], photometric="minisblack")
+    same = infer("segment", plain, "--model", onnx_file, "-o", tmp_path / "same.zarr", "--roi", "1:5,0:48,10:50")
+    assert same.exit_code == 0, same.output
+    np.testing.assert_array_equal(tifffile.imread(out), open_labels(tmp_path / "same.zarr").read(Box.of_shape(SHAPE)))
+
+
+def test_a_level_is_written_where_the_output_line_says(onnx_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pyramid.zarr"
+    target = create_volume(path, SHAPE, chunk_shape=(5, 32, 32), n_levels=2)
+    target.write_box(Box.of_shape(SHAPE), noise(SHAPE))
+    target.finish({})
+    result = infer("segment", path, "--model", onnx_file, "--level", "1")
+    assert f"output     {tmp_path / 'pyramid-small-level1.zarr'} (ome-zarr-0.5)" in result.stdout
+    assert open_labels(tmp_path / "pyramid-small-level1.zarr").shape == (3, 24, 32)
+
+
+def test_cleaning_says_what_it_did(volume: Path, onnx_file: Path) -> None:
+    result = infer("segment", volume, "--model", onnx_file, "--min-size", "5", "--fill-holes", "--smooth-z", "3")
+    assert result.exit_code == 0, result.output
+    for part in ("foreground voxels before", "holes filled", "objects removed"):
+        assert part in result.stdout
+
+
+def test_missing_chunks_are_a_warning(volume: Path, onnx_file: Path) -> None:
+    (volume / "0" / "c" / "0" / "1" / "1").unlink()
+    result = infer("segment", volume, "--model", onnx_file, "--json")
+    assert result.exit_code == 0
+    assert "warning: 1 of 4 chunk files" in result.stderr
+    found = json.loads(result.stdout)
+    assert (found["n_missing_chunks"], found["n_chunks"]) == (1, 4)
+    assert "1 of 4 chunk files" in found["warnings"][0]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(volume: Path, onnx_file: Path) -> None:
+    result = infer("segment", volume, "--model", onnx_file, "--dry-run")
+    assert result.exit_code == 0, result.output
+    for part in ("1 block", "halo overhead", "uint8 as it is", "5 x 5 x 5 nm", "labels/small", "at the peak", "15.4 kB"):
+        assert part in result.stdout, result.stdout
+    assert json.loads(infer("segment", volume, "--model", onnx_file, "--dry-run", "--json").stdout)["n_blocks"] == 1
+    assert not (volume / "labels").exists()
+
+
+def test_preview_prints_what_the_whole_would_take(volume: Path, onnx_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = infer("segment", volume, "--model", onnx_file, "--preview", "2")
+    assert result.exit_code == 0, result.output
+    for part in ("small-preview-z0001.png", "small-preview-z0003.png", "full run   about", "Mvox/s", "at the peak"):
+        assert part in result.stdout, result.stdout
+    assert Path("small-preview-z0003.png").read_bytes().startswith(b"\x89PNG")
+    assert not (volume / "labels").exists()
+    assert len(json.loads(infer("segment", volume, "--model", onnx_file, "--preview", "1", "--json").stdout)["pictures"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--roi", "1:2,3:4", "is not begin:end along z, y and x"),
+        ("--roi", "1:2,3:4,-5:6", "is not begin:end along z, y and x"),
+        ("--roi", "1,2,3", "is not begin:end along z, y and x"),
+        ("--intensity-range", "7", "is not 2 numbers lo,hi, such as 0,4095"),
+        ("--intensity-range", "a,b", "is not 2 numbers lo,hi"),
+        ("--voxel-size", "5,5", "is not 3 numbers z,y,x"),
+        ("--level", "-1", "not in the range"),
+    ],
+)
+def test_values_that_are_none_are_a_usage_error(volume: Path, option: str, value: str, says: str) -> None:
+    result = infer("segment", volume, option, value)
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--roi", "0:99,:,:"], "region of interest 0:99,0:48,0:64 leaves the volume"),
+        (["--roi", "9:,:,:"], "ends before it begins"),
+        (["--intensity-range", "nan,5"], "does not increase; give two finite numbers"),
+        (["--intensity-range=5,-5"], "does not increase"),
+        (["--level", "4"], "has 1 level, counted from 0, so there is no level 4"),
+        (["--voxel-size", "0,5,5"], "give three lengths above 0"),
+        (["--format", "png", "-o", "x.zarr"], "output format 'png' is unknown; choose one of ome-zarr-0.5"),
+        (["--format", "zarr"], "labels are as their image is; give a path with -o"),
+        (["--min-size", "-3"], "min_size is -3"),
+        (["--smooth-z", "2"], "smooth_z is 2"),
+        (["--preview", "0"], "0 slices cannot be previewed"),
+    ],
+)
+def test_values_that_cannot_be_are_one_sentence(volume: Path, onnx_file: Path, arguments: list[str], says: str) -> None:
+    assert_one_sentence(infer("segment", volume, "--model", onnx_file, *arguments), says)
+    assert not (volume / "labels").exists()
+
+
+def test_help_of_segment_fits_a_screen() -> None:
+    lines = CliRunner().invoke(kdunet_infer.cli.main, ["segment", "--help"], terminal_width=110).stdout.splitlines()
+    assert len(lines) <= 50
+    for section in ("Volume:", "Model:", "Mask:", "Engine:", "Report:"):
+        assert section in lines
+    assert any("--intensity-range LO,HI" in line for line in lines)
+
+
+def test_evaluate_takes_mask_roi_and_tolerance(truth: Path, tmp_path: Path) -> None:
+    other, mask = tmp_path / "other.tif", tmp_path / "mask.tif"
+    tifffile.imwrite(other, (noise(SHAPE, seed=9) > 128).astype(np.int32), photometric="minisblack")
+    within = np.zeros(SHAPE, np.uint8)
+    within[2:, 10:, :] = 1
+    tifffile.imwrite(mask, within, photometric="minisblack")
+    result = infer("evaluate", other, truth, "--mask", mask, "--roi", "1:,:,:32", "--json", "--png", tmp_path / "s.png")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["n_voxels"] == 3 * 38 * 32
+    assert found["per_slice_iou"][0] is None
+    assert found["roi"] == "1:5,0:48,0:32"
+    text = infer("evaluate", other, truth, "--mask", mask)
+    assert f"{3 * 38 * 64:,} in 5 slices, {5 * 48 * 64 - 3 * 38 * 64:,} more not counted" in text.stdout
+    assert_one_sentence(infer("evaluate", other, truth, "--tolerance", 9), "within 9 voxels of a boundary of the truth")
+
+
+def test_evaluate_draws_on_images_of_any_type(truth: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image.tif"
+    tifffile.imwrite(image, noise(SHAPE).astype(np.float32) * 1e-3, photometric="minisblack")
+    assert infer("evaluate", truth, truth, "--png", tmp_path / "s.png", "--image", image).exit_code == 0
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_evaluate_json_has_the_agreed_keys(volume: Path, truth: Path, tmp_path: Path) -> None:
     picture = tmp_path / "slices.png"
     result = infer("evaluate", truth, truth, "--json", "--png", picture, "--image", volume)
@@ -114,6 +256,20 @@ def test_info_of_a_volume_and_of_a_model(volume: Path, onnx_file: Path, truth: P
     assert "(5.0, 5.0, 5.0)" in infer("info", volume).stdout
     assert json.loads(infer("info", onnx_file, "--json").stdout)["sha256"] == model.sha256
     assert "(5, 48, 64)" in infer("info", truth).stdout
+
+
+def test_info_says_levels_and_whether_a_model_fits(tmp_path: Path, model: Model) -> None:
+    path, coarse = tmp_path / "pyramid.zarr", dataclasses.replace(model.card, voxel_size_nm=(80.0, 10.0, 10.0))
+    target = create_volume(path, SHAPE, chunk_shape=(5, 32, 32), voxel_size_nm=(40.0, 5.0, 5.0), n_levels=2)
+    target.write_box(Box.of_shape(SHAPE), noise(SHAPE))
+    target.finish({})
+    student = tmp_path / "coarse.onnx"
+    student.write_bytes(unet_onnx(2, 2, coarse).SerializeToString())
+    result = infer("info", path, "--model", student)
+    for part in ("axes zyx", "(3, 24, 32), scale (80.0, 10.0, 10.0)", "0 of 4", "segment --level 1"):
+        assert part in result.stdout, result.stdout
+    assert infer("info", path, "--level", "1", "--model", student).stdout.splitlines()[-1].endswith(" yes")
+    assert json.loads(infer("info", path, "--json").stdout)["all levels (nm)"] == [[40, 5, 5], [80, 10, 10]]
 
 
 def test_models_and_engines_are_listed() -> None:
@@ -205,12 +361,14 @@ def test_train_distil_export_and_segment(stacks: tuple[Path, Path], tmp_path: Pa
     assert result.exit_code == 0, result.output
     config = RunConfig.from_toml(tmp_path / "student" / CONFIG_FILE)
     assert (config.width, config.loss.temperature, config.loss.soft_weight, config.optim.steps) == (1, 3.0, 1.0, 3)
-    result = train("export", tmp_path / "student", "-o", tmp_path / "s.onnx", "--voxel-size", 5, 5, 5, "--about", "licence=CC0")
+    told = ["--voxel-size", 5, 5, 5, "--about", "licence=CC0", "--grey-preparation", "CLAHE, then uint8"]
+    result = train("export", tmp_path / "student", "-o", tmp_path / "s.onnx", *told)
     assert result.exit_code == 0, result.output
     assert "max |dp|" in result.stdout
     card = Model.load(tmp_path / "s.onnx").card
     assert (card.n_parameters, card.halo_zyx, card.voxel_size_nm) == (7878, (0, 96, 96), (5.0, 5.0, 5.0))
     assert card.provenance["licence"] == "CC0"
+    assert (card.grey_preparation, len(card.grey_histogram)) == ("CLAHE, then uint8", 256)
     assert card.provenance["recipe"]["data"]["images"] == "images.tif"  # no folder of this machine
     assert infer("segment", volume, "--model", tmp_path / "s.onnx").exit_code == 0
 

@@ -26,6 +26,10 @@ HEAVY = {
     "distributed",
     "click",
     "PIL",
+    "cc3d",
+    "h5py",
+    "mrcfile",
+    "llvmlite",
 }
 PLANNING = ("errors", "geometry", "mirror", "card", "plan", "blockwise", "model", "engines", "testing")
 
@@ -70,13 +74,36 @@ def test_deployment_never_imports(library: str) -> None:
     assert importers(library) == set()
 
 
-@pytest.mark.parametrize("library", ["zarr", "tifffile"])
+@pytest.mark.parametrize("library", ["zarr", "tifffile", "h5py", "mrcfile"])
 def test_only_volumes_know_file_formats(library: str) -> None:
-    assert not [path for path in importers(library) if not path.startswith("volume")]
+    assert importers(library)
+    assert not [path for path in importers(library) if not path.startswith("volume/")]
 
 
-def test_one_file_knows_each_runtime() -> None:
-    assert importers("onnxruntime") == {"engines/onnxruntime.py"}
+@pytest.mark.parametrize(
+    ("library", "file"),
+    [
+        ("onnxruntime", "engines/onnxruntime.py"),
+        ("openvino", "engines/openvino.py"),
+        ("h5py", "volume/hdf5.py"),
+        ("mrcfile", "volume/mrc.py"),
+        ("cc3d", "components.py"),
+    ],
+)
+def test_one_file_knows_each_of_these(library: str, file: str) -> None:
+    assert importers(library) == {file}
+
+
+def test_volumes_are_read_without_what_only_some_formats_need() -> None:
+    code = "import sys, kdunet_infer.run, kdunet_infer.volume; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"h5py", "mrcfile", "torch", "onnxruntime", "openvino", "click"} & set(out.split())
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    code = "import sys, kdunet_infer.cli; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not (HEAVY - {"click"} | {"numpy"}) & set(out.split())
 
 
 @pytest.mark.parametrize(
@@ -92,6 +119,21 @@ def test_one_file_knows_each_runtime() -> None:
             ["dask", "click", "pathlib", "os", "kdunet_infer.engines", "kdunet_infer.volume", "kdunet_infer.model"],
         ),
         ("model.py", ["numpy", "kdunet_infer.engines", "kdunet_infer.volume", "kdunet_infer.plan"]),
+        ("intensity.py", ["kdunet_infer.volume", "kdunet_infer.plan", "kdunet_infer.engines"]),
+        ("grey_sample.py", ["kdunet_infer.card", "kdunet_infer.intensity", "kdunet_infer.volume"]),
+        ("fitness.py", ["kdunet_infer.volume", "kdunet_infer.engines", "pathlib", "os"]),
+        ("components.py", ["kdunet_infer.volume", "kdunet_infer.model", "pathlib", "os"]),
+        ("cleaning.py", ["cc3d", "kdunet_infer.volume", "kdunet_infer.model", "pathlib", "os"]),
+        ("boundary.py", ["kdunet_infer.volume", "kdunet_infer.metrics"]),
+        ("metrics.py", ["kdunet_infer.model", "kdunet_infer.engines", "kdunet_infer.volume"]),
+        ("options.py", ["kdunet_infer.engines", "kdunet_infer.model", "click"]),
+        ("outputs.py", ["kdunet_infer.engines", "kdunet_infer.plan", "kdunet_infer.blockwise"]),
+        ("job.py", ["click", "kdunet_infer.run", "kdunet_infer.cleaning"]),
+        ("run.py", ["click", "kdunet_infer.engines", "kdunet_infer.intensity"]),
+        ("forecast.py", ["kdunet_infer.run", "click"]),
+        ("preview.py", ["kdunet_infer.run", "click"]),
+        ("summaries.py", ["click", "json"]),
+        ("arguments.py", ["numpy", "kdunet_infer.volume"]),
         ("engines/onnxruntime.py", ["kdunet_infer.volume", "kdunet_infer.plan"]),
     ],
 )

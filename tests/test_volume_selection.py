@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,38 @@ def test_missing_files_of_shards_and_of_one_channel(tmp_path: Path) -> None:
     assert missing == [(0, 4), (0, 4), (1, 4)]
 
 
+@pytest.mark.parametrize("separator", [".", "/"])
+def test_missing_chunks_of_a_volume_beyond_all_measure(tmp_path: Path, separator: Any) -> None:
+    """Counting takes the time and memory of the files that there are: 2^96 chunks would take longer than the universe."""
+    path = tmp_path / "v.zarr"
+    encoding = {"name": "default", "separator": separator}
+    array = zarr.create_array(str(path), shape=(2**40,) * 3, dtype="u1", chunks=(256,) * 3, chunk_key_encoding=encoding)
+    array[300:301, :2, :2] = 1
+    array[-1:, -1:, -1:] = 1
+    for decoy in ("c/1/0/00", "c/1/0/x", "c/1/0/4294967296", "c/01/0/0", "c.1.0.00", "c.1.0", "c.1.0.0.0", "0.0.0", "d.0.0.0"):
+        (path / decoy).parent.mkdir(parents=True, exist_ok=True)
+        (path / decoy).write_bytes(b"")
+    assert open_source(path).missing_chunks() == (2**96 - 2, 2**96)
+
+
+def test_missing_chunks_in_a_zip(tmp_path: Path) -> None:
+    zarr.create_array(str(tmp_path / "v.zarr"), data=VOXELS + 1, chunks=CHUNK)
+    (tmp_path / "v.zarr" / "c/0/2/1").unlink()
+    path = shutil.make_archive(str(tmp_path / "v"), "zip", tmp_path / "v.zarr")
+    assert open_source(path).missing_chunks() == (1, 18)
+
+
+def test_chunks_in_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(bare(tmp_path / "v.zarr", VOXELS))
+
+    def refuse(folder: Any) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(VolumeError, match=r"v\.zarr/c cannot be looked into \(PermissionError: .*\); check its permissions"):
+        source.missing_chunks()
+
+
 def test_other_formats_miss_nothing(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "v.tif", VOXELS, compression="zlib", photometric="minisblack")
     assert open_source(tmp_path / "v.tif").missing_chunks() == (0, 0)
@@ -430,6 +463,13 @@ V2, V3 = {"zarr_format": 2}, {"zarr_format": 3}
             {"chunks": [0, 2, 2]},
             r"v has Zarr metadata that cannot be read \(ValueError: chunks of \(0, 2, 2\)\)",
         ),
+        (
+            {"shards": (12, 28, 28)},
+            "zarr.json",
+            {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [12, 28, 0]}}},
+            r"v has Zarr metadata that cannot be read \(ValueError: chunks of \(12, 28, 0\)\)",
+        ),
+        (V3, "zarr.json", {"attributes": [1]}, r"v has attributes in zarr\.json that are no JSON object; repair or restore it"),
     ],
 )
 def test_an_array_that_cannot_be_read(tmp_path: Path, options: Any, file: str, changes: Any, says: str) -> None:
@@ -462,5 +502,5 @@ def test_any_name_is_a_path(tmp_path: Path, name: str) -> None:
 def test_a_link_that_leads_to_itself(tmp_path: Path) -> None:
     for name in ("loop.zarr", "loop.tif", "loop.zip", "loop.h5"):
         (tmp_path / name).symlink_to(tmp_path / name)
-        with pytest.raises(VolumeNotFound, match=rf"there is nothing at .*{name}, or it may not be read; check the path"):
+        with pytest.raises(VolumeNotFound, match=rf"{name} is a link that leads to nothing, to itself or to where"):
             open_source(tmp_path / name)

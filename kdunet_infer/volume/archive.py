@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,9 +39,13 @@ class Archive:
 
     def names_in(self, path: Path) -> frozenset[str]:
         """Names of the files and folders in the folder `path`."""
+        return frozenset(key.split("/")[0] for key in self.keys_below(path))
+
+    def keys_below(self, path: Path) -> Iterator[str]:
+        """Paths, relative to the folder `path`, of all files in it and its folders."""
         key = self.key(path)
         prefix = f"{key}/" if key else ""
-        return frozenset(name[len(prefix) :].split("/")[0] for name in self.files if name.startswith(prefix))
+        return (name[len(prefix) :] for name in self.files if name.startswith(prefix))
 
     def read(self, path: Path) -> bytes:
         """The content of a file. Raises FileNotFoundError."""

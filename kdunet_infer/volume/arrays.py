@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.core.sync import sync
 
 from kdunet_infer.errors import CorruptChunk, KdunetError, VolumeError, VolumeNotFound
 from kdunet_infer.geometry import ZYX, Box
@@ -23,6 +24,10 @@ from kdunet_infer.volume.selection import AS_STORED, AS_ZYX, Selection, View, ch
 
 VoxelArray = npt.NDArray[Any]
 
+_LONGEST = 200
+"""Letters of what a foreign exception says: some quote the file they cannot read."""
+_CELL = re.compile(r"0|[1-9][0-9]{0,18}")
+"""A place along an axis as it stands in the key of a chunk."""
 _NUMBERS_V2 = re.compile(r"[<>|=]?[bifuc]\d+")
 _NUMBERS_V3 = re.compile(r"bool|u?int\d+|float\d+|complex\d+")
 
@@ -78,6 +83,7 @@ class Voxels:
         try:
             return self._cut(slices)
         except Exception:  # codecs raise anything; reading chunk by chunk tells which chunk it is
+            wait_for_zarr()
             return self._read_by_chunk(box)
 
     def _cut(self, slices: Sequence[slice]) -> VoxelArray:
@@ -95,6 +101,7 @@ class Voxels:
             except KdunetError:  # of a file within a folder: it is named already
                 raise
             except Exception as exc:
+                wait_for_zarr()
                 index = tuple(begin // size for begin, size in zip(file_box.begin, file_shape, strict=True))
                 raise CorruptChunk(
                     f"{'shard' if self.shard_shape else 'chunk'} {index} (z, y, x) of {self.path} cannot be read "
@@ -119,8 +126,9 @@ def open_node(path: Path) -> zarr.Array[Any] | zarr.Group:
         store, key = (str(path), "") if archive is None else (archive.store, archive.key(path))
         if is_array:
             array = zarr.open_array(store, path=key, mode="r", zarr_format=zarr_format)
-            if array.ndim and 0 in array.chunks:
-                raise ValueError(f"chunks of {array.chunks}")
+            for sizes in filter(None, (array.chunks, array.shards)):
+                if 0 in sizes:
+                    raise ValueError(f"chunks of {sizes}")
             return array
         # Consolidated metadata is a copy at the time it was made; what counts is the node's own.
         return zarr.open_group(store, path=key, mode="r", zarr_format=zarr_format, use_consolidated=False)
@@ -163,7 +171,8 @@ def zarr_voxels(path: Path, array: zarr.Array[Any], axes: str | None = None, sel
 def missing_files(voxels: Voxels) -> tuple[int, int]:
     """(files of a Zarr array that do not exist, files expected): chunks or shards, of the selected part alone.
 
-    What is not there reads as the fill value. Folders are listed, no file is opened; (0, 0) for anything but Zarr.
+    What is not there reads as the fill value. Folders are listed, no file is opened, and memory and time are those of the files
+    that do exist; (0, 0) for anything but Zarr. Raises VolumeError for a folder that may not be listed.
     """
     array, path = voxels.array, voxels.path
     if not isinstance(array, zarr.Array) or zarr_format_at(path) is None:
@@ -173,28 +182,39 @@ def missing_files(voxels: Voxels) -> tuple[int, int]:
         range(-(-n // size)) if axis in "zyx" else range(index // size, index // size + 1)
         for axis, index, n, size in zip(view.axes, view.index, array.shape, file_shape, strict=True)
     ]
-    keys = (array.metadata.encode_chunk_key(index) for index in itertools.product(*grid))
+    n_expected = math.prod(cells.stop - cells.start for cells in grid)  # len() ends at 2^63
+    prefix, _, rest = array.metadata.encode_chunk_key((0,) * array.ndim).partition("0")
+    return n_expected - _n_files(path, prefix, rest[0], grid), n_expected
+
+
+def _n_files(path: Path, prefix: str, separator: str, grid: Sequence[range]) -> int:
+    """How many chunk files there are whose keys are `prefix` and then, for each axis, a cell of `grid`."""
     archive = archive_of(path)
-    exists = _listed(path) if archive is None else lambda key: archive.has_file(path / key)
-    found = [exists(key) for key in keys]
-    return found.count(False), len(found)
+    if archive is None and separator == "/":
+        return _n_below(path / prefix, grid)
+    keys = _names_in(path) if archive is None else archive.keys_below(path)
+    return sum(key.startswith(prefix) and _is_in(key[len(prefix) :].split(separator), grid) for key in keys)
 
 
-def _listed(path: Path) -> Callable[[str], bool]:
-    """Whether a file exists below `path`; each folder is listed once where its files are asked for one after the other."""
+def _n_below(folder: Path, grid: Sequence[range]) -> int:
+    first, *rest = grid
+    names = [name for name in _names_in(folder) if _is_in([name], [first])]
+    return sum(_n_below(folder / name, rest) for name in names) if rest else len(names)
 
-    @lru_cache(maxsize=1)
-    def names_in(folder: str) -> frozenset[str]:
-        try:
-            return frozenset(os.listdir(path / folder))
-        except FileNotFoundError:
-            return frozenset()
 
-    def exists(key: str) -> bool:
-        folder, _, name = key.rpartition("/")
-        return name in names_in(folder)
+def _is_in(names: Sequence[str], grid: Sequence[range]) -> bool:
+    return len(names) == len(grid) and all(
+        _CELL.fullmatch(name) is not None and int(name) in cells for name, cells in zip(names, grid, strict=True)
+    )
 
-    return exists
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        raise VolumeError(f"{folder} cannot be looked into ({first_line(exc)}); check its permissions.") from exc
 
 
 def _named_axes(array: zarr.Array[Any]) -> str | None:
@@ -243,6 +263,8 @@ def _json(path: Path, name: str) -> dict[str, Any] | None:
 def check_exists(path: Path) -> None:
     """Refuse a path with nothing at it. Raises VolumeNotFound."""
     archive = archive_of(path)
+    if os.path.islink(path) and not os.path.exists(path):
+        raise VolumeNotFound(f"{path} is a link that leads to nothing, to itself or to where you may not look; mend the link.")
     if not (os.path.exists(path) if archive is None else archive.has(path)):
         raise VolumeNotFound(f"there is nothing at {path}, or it may not be read; check the path.")
 
@@ -253,7 +275,23 @@ def check_numbers(path: Path, dtype: np.dtype[Any]) -> None:
         raise VolumeError(f"{path} holds voxels of the type {str(dtype)!r}, which are no grey values; save integers or floats.")
 
 
+def wait_for_zarr() -> None:
+    """Wait for the chunks that zarr still reads or writes after the first one failed.
+
+    The end of the process would cut them off, and Python then prints a traceback for each, below our sentence.
+    """
+
+    async def others_done() -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+
+    sync(others_done())
+
+
 def first_line(exc: BaseException) -> str:
     """What a foreign exception says, fit to stand within a sentence."""
     lines = str(exc).splitlines()
-    return f"{type(exc).__name__}: {lines[0]}" if lines else type(exc).__name__
+    if not lines:
+        return type(exc).__name__
+    said = lines[0] if len(lines[0]) <= _LONGEST else f"{lines[0][:_LONGEST]}..."
+    return f"{type(exc).__name__}: {said}"

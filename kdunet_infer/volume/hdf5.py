@@ -81,9 +81,9 @@ def _check_filters(data_set: h5py.Dataset, path: Path) -> None:
     for index in range(properties.get_nfilters()):
         code, _, _, name = properties.get_filter(index)
         if not h5py.h5z.filter_avail(code):
+            called = f" {name.decode(errors='replace')!r}" if name else ""
             raise VolumeError(
-                f"{path} needs the HDF5 filter {name.decode(errors='replace')!r} ({code}), which is not known here; "
-                "pack it anew with h5repack -f GZIP=1."
+                f"{path} needs the HDF5 filter{called} ({code}), which is not known here; pack it anew with h5repack -f GZIP=1."
             )
 
 

@@ -18,7 +18,7 @@ import zarr
 from kdunet_infer.blockwise import UInt8Array
 from kdunet_infer.errors import GeometryError, KdunetError, TargetExists, VolumeError
 from kdunet_infer.geometry import ZYX, Box
-from kdunet_infer.volume.arrays import Voxels, group_to_write, zarr_format_at, zarr_voxels
+from kdunet_infer.volume.arrays import Voxels, group_to_write, wait_for_zarr, zarr_format_at, zarr_voxels
 from kdunet_infer.volume.formats import TargetFormat, choose_format, own_format, target_layout
 from kdunet_infer.volume.listing import is_listed, list_label, unlist_label
 from kdunet_infer.volume.ome import Content, Layout, Level, Vector, array_attributes, image_attributes, step_between
@@ -314,6 +314,7 @@ def _writing(path: Path) -> Iterator[None]:
     except KdunetError:  # some are OSErrors too, and have their sentence already
         raise
     except OSError as exc:
+        wait_for_zarr()
         raise VolumeError(f"{path} cannot be written{_why(exc)}, then run the same command again.") from exc
 
 
