@@ -65,6 +65,7 @@ _SEGMENT = (
     _option("Mask", "--overwrite", is_flag=True, help="Replace a finished output of kdunet."),
     _option("Engine", "--engine", help="See `kdunet-infer engines`. [default: auto]"),
     _option("Engine", "--device", type=click.Choice(["cpu", "cuda"]), help="[default: the fastest that works]"),
+    _option("Engine", "--precision", metavar="NAME", help="fp32; openvino also has bf16, faster and rougher. [default: fp32]"),
     _option("Engine", "--threads", "n_threads", type=int, help="[default: every CPU this process may use]"),
     _option("Engine", "--block", "block_shape", type=Integers("zyx"), help="Voxels read and written at once."),
     _option("Engine", "--tile", "tile_shape", type=Integers("yx"), help="Longest core of a tile, in pixels."),

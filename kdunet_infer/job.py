@@ -157,7 +157,7 @@ def _missing_warning(volume: VolumeSource, n_missing: int, n_chunks: int) -> tup
 
 
 def _engine(model: Model, options: SegmentOptions) -> tuple[Engine, str]:
-    chosen: Mapping[str, Any] = {"device": options.device, "n_threads": options.n_threads}
+    chosen: Mapping[str, Any] = {"device": options.device, "precision": options.precision, "n_threads": options.n_threads}
     given = {name: value for name, value in chosen.items() if value is not None}
     if options.engine == "auto":
         return auto_engine(model, **given)

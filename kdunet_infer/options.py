@@ -54,6 +54,8 @@ class SegmentOptions:
     engine: str = "auto"
     device: str | None = None
     """cpu or cuda; None: what the engine prefers."""
+    precision: str | None = None
+    """fp32, or bf16 where the engine has it; None: fp32."""
     n_threads: int | None = None
     """None: every CPU this process may use."""
     block_shape: ZYX | None = None

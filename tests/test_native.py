@@ -373,6 +373,13 @@ def test_there_is_no_other_device(student: Model) -> None:
         create_engine("native", student, device="cuda")
 
 
+@pytest.mark.parametrize("engine", ["native", "onnxruntime"])
+def test_there_is_no_other_precision(student: Model, engine: str) -> None:
+    with pytest.raises(EngineError, match=f"engine '{engine}' has no precision 'bf16'; it computes in fp32"):
+        create_engine(engine, student, precision="bf16")
+    assert create_engine(engine, student, precision="fp32", n_threads=1)
+
+
 def test_without_llvmlite_it_says_what_to_install(student: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module
 

@@ -165,13 +165,13 @@ def _random_network(width: int, slices: UInt8Array) -> UNet:
 
 
 def _torch_run(network: UNet, tiles: UInt8Array, margins: YX, layout: torch.memory_format) -> Callable[[], object]:
-    laid_out = _laid_out(network, layout)
+    copied = laid_out(network, layout)
     turn = itertools.cycle(tiles)
     rows, columns = (slice(margin, length - margin) for margin, length in zip(margins, tiles.shape[1:], strict=True))
 
     def run() -> npt.NDArray[np.float32]:
         with torch.inference_mode():
-            found: npt.NDArray[np.float32] = laid_out(_tensor(next(turn), layout)).softmax(1)[0, 1].numpy()
+            found: npt.NDArray[np.float32] = copied(_tensor(next(turn), layout)).softmax(1)[0, 1].numpy()
         return found[rows, columns]
 
     return run
@@ -181,11 +181,11 @@ def _monai_run(network: UNet, slices: UInt8Array, layout: torch.memory_format) -
     """The baseline as its users have it: sliding windows over the slice itself, blended; and how many pixels they have."""
     from monai.inferers import SlidingWindowInferer
 
-    laid_out = _laid_out(network, layout)
+    copied = laid_out(network, layout)
     turn = itertools.cycle(slices)
     inferer = SlidingWindowInferer(MONAI_ROI, **MONAI_OPTIONS)
 
-    def run(predict: Callable[[Tensor], Tensor] = laid_out) -> npt.NDArray[np.float32]:
+    def run(predict: Callable[[Tensor], Tensor] = copied) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
             logits = inferer(_tensor(next(turn), layout), predict)
             found: npt.NDArray[np.float32] = logits.softmax(1)[0, 1].numpy()
@@ -196,14 +196,15 @@ def _monai_run(network: UNet, slices: UInt8Array, layout: torch.memory_format) -
     def counting(windows: Tensor) -> Tensor:
         nonlocal n_pixels
         n_pixels += windows[:, 0].numel()
-        logits: Tensor = laid_out(windows)
+        logits: Tensor = copied(windows)
         return logits
 
     run(counting)
     return run, n_pixels
 
 
-def _laid_out(network: UNet, layout: torch.memory_format) -> UNet:
+def laid_out(network: UNet, layout: torch.memory_format) -> UNet:
+    """A copy in evaluation mode, its weights in that layout."""
     copied = UNet(network.width, n_levels=network.n_levels)
     copied.load_state_dict(network.state_dict())
     return copied.eval().to(memory_format=layout)  # type: ignore[call-overload, no-any-return]  # missing in the stubs

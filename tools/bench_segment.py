@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
-from bench_contenders import MONAI_OPTIONS, MONAI_ROI, TEACHERS, UInt8Array
+from bench_contenders import MONAI_OPTIONS, MONAI_ROI, TEACHERS, UInt8Array, laid_out
 
 from kdunet.checkpoint import load_network
 from kdunet_infer.geometry import Box
@@ -59,7 +59,7 @@ def _monai_run(folder: Path, volume: Path, threshold: float, n_threads: int) -> 
     """The baseline in its better layout, slice by slice; on a few slices, as it is slow."""
     from monai.inferers import SlidingWindowInferer
 
-    network = load_network(TEACHERS / STUDENT)[0].eval().to(memory_format=torch.channels_last)
+    network = laid_out(load_network(TEACHERS / STUDENT)[0], torch.channels_last)
     inferer = SlidingWindowInferer(MONAI_ROI, **MONAI_OPTIONS)
     source = zarr.open_array(volume / "0", mode="r")
     n_slices, out = 8, folder / "monai.zarr"

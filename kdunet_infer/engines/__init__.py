@@ -109,6 +109,12 @@ def check_tiles(tiles: np.ndarray[Any, Any], stride_zyx: ZYX) -> None:
         )
 
 
+def check_precision(engine: str, precision: str) -> None:
+    """Raise EngineError unless it is fp32, for engines that have no other."""
+    if precision != "fp32":
+        raise EngineError(f"engine {engine!r} has no precision {precision!r}; it computes in fp32.")
+
+
 def available_cpus() -> int:
     """How many CPUs this process may use: fewer than the machine has in a batch job or container pinned to some."""
     if hasattr(os, "sched_getaffinity"):  # Linux

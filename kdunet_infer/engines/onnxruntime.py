@@ -7,7 +7,7 @@ from typing import Any
 import onnxruntime
 
 from kdunet_infer.blockwise import Float32Array, UInt8Array
-from kdunet_infer.engines import available_cpus, check_tiles
+from kdunet_infer.engines import available_cpus, check_precision, check_tiles
 from kdunet_infer.errors import EngineError, EngineUnavailable
 from kdunet_infer.model import INPUT_NAME, OUTPUT_NAME, Model
 
@@ -23,13 +23,14 @@ ERRORS_ONLY = 3
 class OnnxRuntimeEngine:
     """A model in ONNX Runtime in float32, on `device` cpu or cuda; never on another one than asked for.
 
-    `n_threads` None takes every CPU this process may use. Raises EngineError for an unknown device or a model onnxruntime
-    cannot load, EngineUnavailable where the device is not here.
+    `n_threads` None takes every CPU this process may use. Raises EngineError for an unknown device or precision or a model
+    onnxruntime cannot load, EngineUnavailable where the device is not here.
     """
 
-    def __init__(self, model: Model, device: str = "cpu", n_threads: int | None = None) -> None:
+    def __init__(self, model: Model, device: str = "cpu", n_threads: int | None = None, precision: str = "fp32") -> None:
         if device not in PROVIDERS:
             raise EngineError(f"engine 'onnxruntime' has no device {device!r}; choose one of {', '.join(PROVIDERS)}.")
+        check_precision("onnxruntime", precision)
         self._stride_zyx = model.card.stride_zyx
         self._device = device
         self._n_threads = n_threads or available_cpus()

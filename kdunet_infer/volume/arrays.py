@@ -83,7 +83,6 @@ class Voxels:
         try:
             return self._cut(slices)
         except Exception:  # codecs raise anything; reading chunk by chunk tells which chunk it is
-            wait_for_zarr()
             return self._read_by_chunk(box)
 
     def _cut(self, slices: Sequence[slice]) -> VoxelArray:

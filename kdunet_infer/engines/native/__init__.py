@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdunet_infer.blockwise import Float32Array, UInt8Array
-from kdunet_infer.engines import available_cpus, check_tiles
+from kdunet_infer.engines import available_cpus, check_precision, check_tiles
 from kdunet_infer.engines.native.compiled import compiled, host_machine, version
 from kdunet_infer.engines.native.graph import read_network
 from kdunet_infer.engines.native.machine import Machine
@@ -42,12 +42,21 @@ class NativeEngine:
     """A k-Unet in float32 on `n_threads` CPU threads; None takes every CPU this process may use.
 
     A pixel's bits depend on its neighbourhood alone: not on the tile, the batch or the number of threads. `machine` None is the
-    host's kind. Raises UnsupportedModel for a model that is no k-Unet, EngineError for another device than the CPU.
+    host's kind. Raises UnsupportedModel for a model that is no k-Unet, EngineError for any
+    other device or precision.
     """
 
-    def __init__(self, model: Model, device: str = "cpu", n_threads: int | None = None, machine: Machine | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: str = "cpu",
+        n_threads: int | None = None,
+        precision: str = "fp32",
+        machine: Machine | None = None,
+    ) -> None:
         if device != "cpu":
             raise EngineError(f"engine 'native' has no device {device!r}; it runs on cpu.")
+        check_precision("native", precision)
         self._stride_zyx = model.card.stride_zyx
         self._n_threads = n_threads or available_cpus()
         self._code = compiled(machine or host_machine())
