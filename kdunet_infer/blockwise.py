@@ -76,6 +76,9 @@ class WindowEngine(Engine, Protocol):
     def mask_window(self, tiles: UInt8Array, rows: Range, columns: Range, threshold: float) -> UInt8Array:
         """1 where that is at least `threshold` rounded to float32, else 0; 255 where it is NaN."""
 
+    def working_bytes(self, tile_shape: tuple[int, int]) -> int:
+        """Bytes that its buffers may take at most while tiles of up to that size (y, x) are run."""
+
 
 def batch_size_of(engine: Engine) -> int:
     """Tiles to hand to `engine` at once where nobody says otherwise."""

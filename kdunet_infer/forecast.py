@@ -143,6 +143,8 @@ def _block_stage(job: Job) -> int:
     writing = 3 * n_results * write_voxels  # this block's, the last one's, and the last one's on its way to files
     tile_y, tile_x = (side + 2 * halo for side, halo in zip(plan.tile_shape, plan.halo_zyx[1:], strict=True))
     computing = 4 * _n_maps(job) * job.batch_size * tile_y * tile_x
+    if isinstance(job.engine, WindowEngine):
+        computing += job.engine.working_bytes((tile_y, tile_x))
     return held + reading + writing + computing
 
 

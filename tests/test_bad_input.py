@@ -5,9 +5,11 @@ The same records, as they are really printed, make docs/troubleshooting.md.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +102,34 @@ def test_a_warning_comes_with_the_mask(folder: Path, monkeypatch: pytest.MonkeyP
     assert re.fullmatch(f"warning: {pattern(bad.says)}", result.stderr.splitlines()[0]), result.stderr
     assert all(line.startswith("warning: ") for line in result.stderr.splitlines())
     assert open_labels(folder / OUT).shape == SHAPE
+
+
+@pytest.mark.parametrize("out", [None, OUT, "out.tif"])
+def test_a_disk_that_is_full_from_any_write_on(folder: Path, monkeypatch: pytest.MonkeyPatch, out: str | None) -> None:
+    image(folder / "em.zarr")
+    before = hashes(folder)
+    command = ["segment", "em.zarr", *(["-o", out] if out else [])]
+    written = folder / (out or "em.zarr/labels/small")
+    disk = Disk(monkeypatch, errno.ENOSPC)
+    n = 1
+    while True:
+        with disk.failing_from(n):
+            result = infer(*command)
+        if result.exit_code == 0:
+            break
+        assert re.fullmatch(r"Error: \S+ cannot be written, for the disk is full .*\n(while segmenting .*\n)?", result.stderr)
+        assert {name: digest for name, digest in hashes(folder).items() if name in before} == before
+        if looks_like_a_mask(written):
+            assert out is None, "only a label can be whole and not be listed yet"
+            shutil.rmtree(folder / "em.zarr" / "labels")
+        elif n % 5 == 0:  # what is left of it is in nobody's way
+            assert infer(*command).exit_code == 0
+            for left in (written, folder / "em.zarr" / "labels"):
+                shutil.rmtree(left, ignore_errors=True)
+            (folder / "out.tif").unlink(missing_ok=True)
+        n += 1
+    assert n > 20
+    assert looks_like_a_mask(written)
 
 
 _LIMITED = """

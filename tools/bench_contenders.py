@@ -136,13 +136,13 @@ def multiply_adds(width: int) -> int:
 
 def _windowed_work(width: int, size: tuple[int, ...], margins: YX) -> int:
     """Multiply-adds of one tile in the native engine: of what the core depends on."""
-    from kdunet_infer.engines.native.schedule import Kind, schedule, unet_layers
+    from kdunet_infer.engines.native.schedule import Kind, make_schedule, unet_layers
 
     layers = unet_layers(width, N_LEVELS)
     y, x = size
     window = ((margins[0], y - margins[0]), (margins[1], x - margins[1]))
     total = 0
-    for task in schedule(layers, (y, x), window).tasks:
+    for task in make_schedule(layers, (y, x), window).tasks:
         n_in = sum(layers[i].n_channels for i in task.layer.inputs)
         taps = {Kind.CONVOLVE: 9, Kind.UPSAMPLE: 1, Kind.HEAD: 1}.get(task.layer.kind, 0)
         n_pixels = (task.rows[1] - task.rows[0]) * (task.columns[1] - task.columns[0])

@@ -109,6 +109,13 @@ def check_tiles(tiles: np.ndarray[Any, Any], stride_zyx: ZYX) -> None:
         )
 
 
+def check_window(tiles: np.ndarray[Any, Any], rows: tuple[int, int], columns: tuple[int, int]) -> None:
+    """Raise EngineInputError unless `rows` and `columns` are a window, of at least one pixel, of `tiles` (n, y, x)."""
+    for name, (begin, end), size in (("rows", rows, tiles.shape[1]), ("columns", columns, tiles.shape[2])):
+        if not 0 <= begin < end <= size:
+            raise EngineInputError(f"{name} {begin}:{end} are no window of tiles of {size} {name}; give one within 0:{size}.")
+
+
 def check_precision(engine: str, precision: str) -> None:
     """Raise EngineError unless it is fp32, for engines that have no other."""
     if precision != "fp32":

@@ -9,28 +9,26 @@ workspace.py  buffers and records of one schedule
 
 from __future__ import annotations
 
-import threading
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kdunet_infer.blockwise import Float32Array, UInt8Array
-from kdunet_infer.engines import available_cpus, check_precision, check_tiles
-from kdunet_infer.engines.native.compiled import compiled, host_machine, version
+from kdunet_infer.blockwise import Float32Array, Range, UInt8Array
+from kdunet_infer.engines import available_cpus, check_precision, check_tiles, check_window
+from kdunet_infer.engines.native.compiled import compile_kernels, host_machine, version
 from kdunet_infer.engines.native.graph import read_network
 from kdunet_infer.engines.native.machine import Machine
-from kdunet_infer.engines.native.schedule import Range
-from kdunet_infer.engines.native.workspace import Workspace, pack
+from kdunet_infer.engines.native.workspace import Workspace, Workspaces, pack
 from kdunet_infer.errors import EngineError
 from kdunet_infer.model import Model
 
-KEPT_KINDS = 8
-"""Sizes and windows whose workspaces are kept: a volume has few, as only its outer blocks differ. A 2-Unet's takes 4 MB."""
+KEPT_BYTES = 2**28
+"""Of workspaces kept for further tiles: hundreds of a 2-Unet's, which take 4 MB each; those of eight threads at k = 16."""
 
 Window = tuple[Range, Range]
 
@@ -42,8 +40,8 @@ class NativeEngine:
     """A k-Unet in float32 on `n_threads` CPU threads; None takes every CPU this process may use.
 
     A pixel's bits depend on its neighbourhood alone: not on the tile, the batch or the number of threads. `machine` None is the
-    host's kind. Raises UnsupportedModel for a model that is no k-Unet, EngineError for any
-    other device or precision.
+    host's kind. Raises UnsupportedModel for a model that is no k-Unet, EngineError for any other
+    device or precision and for less than one thread.
     """
 
     def __init__(
@@ -57,13 +55,18 @@ class NativeEngine:
         if device != "cpu":
             raise EngineError(f"engine 'native' has no device {device!r}; it runs on cpu.")
         check_precision("native", precision)
+        if n_threads is not None and n_threads < 1:
+            raise EngineError(f"engine 'native' cannot run on {n_threads} threads; give at least 1.")
         self._stride_zyx = model.card.stride_zyx
         self._n_threads = n_threads or available_cpus()
-        self._code = compiled(machine or host_machine())
+        self._code = compile_kernels(machine or host_machine())
         self._packed = pack(read_network(model), self._code.machine)
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
         self._threads = ThreadPoolExecutor(self._n_threads, thread_name_prefix="native")
-        self._lock = threading.Lock()
-        self._free: dict[tuple[tuple[int, int], Window], list[Workspace]] = {}
+        self._workspaces = Workspaces(self._packed, self._code.machine, KEPT_BYTES)
 
     @property
     def batch_size(self) -> int:
@@ -86,6 +89,11 @@ class NativeEngine:
         """1 where the window's probability is at least `threshold` rounded to float32, else 0; 255 for NaN. uint8."""
         return self._infer(tiles, (rows, columns), np.dtype(np.uint8), threshold)  # type: ignore[return-value]
 
+    def working_bytes(self, tile_shape: tuple[int, int]) -> int:
+        """Bytes that buffers may take at most while tiles of up to that size (y, x) are run."""
+        y, x = tile_shape
+        return KEPT_BYTES + self._n_threads * Workspace(self._packed, self._code.machine, (y, x), ((0, y), (0, x))).n_bytes
+
     def describe(self) -> str:
         """One line: the engine, its compiler, the CPU and the threads."""
         threads = f"{self._n_threads} thread{'s' * (self._n_threads != 1)}"
@@ -95,16 +103,24 @@ class NativeEngine:
         self, tiles: UInt8Array, window: Window, dtype: np.dtype[Any], threshold: float
     ) -> npt.NDArray[np.uint8 | np.float32]:
         check_tiles(tiles, self._stride_zyx)
+        check_window(tiles, *window)
+        if self._pid != os.getpid():  # after a fork the threads are not here, and whoever held a lock is not either
+            self._start()
         tiles = tiles if tiles.strides[2] == 1 else np.ascontiguousarray(tiles)
         rows, columns = window
         found = np.empty((len(tiles), rows[1] - rows[0], columns[1] - columns[0]), dtype)
 
         def job(i: int, part: Range) -> None:
-            with self._workspace((tiles.shape[1], tiles.shape[2]), (part, columns)) as workspace:
+            with self._workspaces.one((tiles.shape[1], tiles.shape[2]), (part, columns)) as workspace:
                 workspace.run(self._code.run, tiles[i], found[i, part[0] - rows[0] : part[1] - rows[0]], threshold)
 
-        for done in [self._threads.submit(job, i, part) for i, part in self._parts(len(tiles), rows)]:
-            done.result()
+        jobs = [self._threads.submit(job, i, part) for i, part in self._parts(len(tiles), rows)]
+        try:
+            for each in jobs:
+                each.result()
+        finally:
+            for each in jobs:  # after an error or Ctrl-C nobody waits for the rest
+                each.cancel()
         return found
 
     def _parts(self, n_tiles: int, rows: Range) -> Iterator[tuple[int, Range]]:
@@ -114,20 +130,3 @@ class NativeEngine:
         for i in range(n_tiles):
             cuts = np.linspace(*rows, (1 if i < n_whole else n_parts) + 1).astype(int).tolist()
             yield from ((i, part) for part in pairwise(cuts))
-
-    @contextmanager
-    def _workspace(self, size: tuple[int, int], window: Window) -> Iterator[Workspace]:
-        """One that no other thread uses, kept for the next tile of the kind."""
-        key = (size, window)
-        with self._lock:
-            free = self._free.pop(key, [])
-            self._free[key] = free  # now the last one used
-            while len(self._free) > KEPT_KINDS:
-                self._free.pop(next(iter(self._free)))
-            workspace = free.pop() if free else None
-        workspace = workspace or Workspace(self._packed, self._code.machine, size, window)
-        try:
-            yield workspace
-        finally:
-            with self._lock:
-                free.append(workspace)

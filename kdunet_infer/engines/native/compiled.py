@@ -11,7 +11,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding as llvm
 
-from kdunet_infer.engines.native.kernels import module
+from kdunet_infer.engines.native.kernels import build_module
 from kdunet_infer.engines.native.machine import NARROW, SMALL, WIDE, Machine
 
 
@@ -45,14 +45,14 @@ def host_machine() -> Machine:
 
 
 @functools.cache
-def compiled(machine: Machine) -> Compiled:
+def compile_kernels(machine: Machine) -> Compiled:
     """The kernels for `machine`, which the host must be able to run."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     cpu = llvm.get_host_cpu_name()
     features = llvm.get_host_cpu_features().flatten() + _FEATURES[machine]
     target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
-    code = llvm.parse_assembly(str(module(machine, llvm.get_default_triple())))
+    code = llvm.parse_assembly(str(build_module(machine, llvm.get_default_triple())))
     code.verify()
     # No optimisation passes: kernels are written as they should run; -O2 takes as long as all the rest and brings 3 %.
     engine = llvm.create_mcjit_compiler(code, target)

@@ -31,7 +31,9 @@ _FIXED: Mapping[str, Mapping[str, Any]] = {
     },
     "Concat": {"axis": 1},
 }
-"""What an attribute must be where a node has it; kernels know nothing else."""
+"""What an attribute must be; kernels know nothing else."""
+_LEFT_OUT = {"strides": [1, 1]}
+"""What ONNX takes for an attribute that is left out, where that is not what we need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,9 @@ def read_network(model: Model) -> Network:
     graph.step("Sigmoid")
     if graph.value != OUTPUT_NAME:
         raise graph.refusal(f"its output {OUTPUT_NAME!r} is not the logistic function of the last layer")
+    stride, told = 1 << (len(skips) - 1), model.card.stride_zyx[1:]
+    if any(own % stride for own in told):
+        raise graph.refusal(f"{len(skips)} levels need a stride of {stride}, and the card says {told}")
     layers = unet_layers(parameters[1][0].shape[0], len(skips))
     _check_shapes(graph, layers, parameters)
     return Network(layers, tuple(parameters))
@@ -110,8 +115,10 @@ class _Graph:
     def normalisation(self) -> tuple[Float32Array, Float32Array]:
         """Mean and deviation."""
         self.step("Cast")
-        mean, deviation = (self._weight(self.step(kind), 1).reshape(1) for kind in ("Sub", "Div"))
-        return mean, deviation
+        found = [self._weight(self.step(kind), 1) for kind in ("Sub", "Div")]
+        if any(constant.size != 1 for constant in found):
+            raise self.refusal(f"mean and deviation have the shapes {found[0].shape} and {found[1].shape}")
+        return found[0].reshape(1), found[1].reshape(1)
 
     def double_convolution(self) -> list[tuple[Float32Array, ...]]:
         """Weights and biases of two convolutions, each with its ReLU."""
@@ -144,10 +151,11 @@ class _Graph:
         return found
 
     def _check_attributes(self, node: NodeProto) -> None:
-        found, fixed = self._attributes(node), _FIXED.get(node.op_type, {})
-        for name, value in fixed.items():
-            if name in found and found[name] != value:
-                raise self.refusal(f"{node.output[0]!r} is a {node.op_type} whose {name} is {found[name]}")
+        found = self._attributes(node)
+        for name, wanted in _FIXED.get(node.op_type, {}).items():
+            there = found.get(name, _LEFT_OUT.get(name, wanted))
+            if there != wanted:
+                raise self.refusal(f"{node.output[0]!r} is a {node.op_type} whose {name} is {there}")
 
     @staticmethod
     def _attributes(node: NodeProto) -> Mapping[str, Any]:

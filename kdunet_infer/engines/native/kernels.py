@@ -22,7 +22,7 @@ from kdunet_infer.engines.native.emit import F32, I8, I64, POINTER, Kernel, Valu
 from kdunet_infer.engines.native.machine import MARGIN, Blocking, Field, Machine
 
 
-def module(machine: Machine, triple: str) -> ir.Module:
+def build_module(machine: Machine, triple: str) -> ir.Module:
     """All kernels and `run`, which drives them, for a kind of machine."""
     built = ir.Module("kdunet")
     built.triple = triple

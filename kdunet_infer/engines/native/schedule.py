@@ -14,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-Range = tuple[int, int]
-"""Begin and end, half-open."""
+from kdunet_infer.blockwise import Range
 
 ROWS_PER_STEP = 16
 """A multiple of 2 ** (levels - 1) keeps rows of the up-sampled maps whole; see docs/performance.md for other values."""
@@ -92,7 +91,7 @@ def unet_layers(width: int, n_levels: int) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def schedule(layers: tuple[Layer, ...], size: tuple[int, int], window: tuple[Range, Range]) -> Schedule:
+def make_schedule(layers: tuple[Layer, ...], size: tuple[int, int], window: tuple[Range, Range]) -> Schedule:
     """How to compute rows and columns `window` of a tile of `size` (y, x) pixels: only what that window depends on."""
     rows, columns = (_needed(layers, length, wanted) for length, wanted in zip(size, window, strict=True))
     lags = _lags(layers)

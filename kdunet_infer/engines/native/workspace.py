@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kdunet_infer.blockwise import Float32Array, UInt8Array
+from kdunet_infer.blockwise import Float32Array, Range, UInt8Array
 from kdunet_infer.engines.native.graph import Network
 from kdunet_infer.engines.native.machine import MARGIN, Field, Machine
-from kdunet_infer.engines.native.schedule import ROWS_PER_STEP, Kind, Layer, Range, Task, schedule
+from kdunet_infer.engines.native.schedule import ROWS_PER_STEP, Kind, Layer, Task, make_schedule
 
 _KERNEL = {
     Kind.NORMALISE: "normalise",
@@ -40,7 +43,8 @@ def pack(network: Network, machine: Machine) -> Packed:
         kernel, group = machine.kernel(_KERNEL[layer.kind], layer.n_channels)
         kernels.append(kernel)
         weights.append(_packed_weights(layer.kind, own, group))
-        biases.append(np.ascontiguousarray(own[1] if len(own) == 2 else np.zeros(0), dtype=np.float32))
+        has_biases = layer.kind in (Kind.CONVOLVE, Kind.UPSAMPLE, Kind.HEAD)
+        biases.append(np.ascontiguousarray(own[1] if has_biases else np.zeros(0), dtype=np.float32))
     return Packed(network.layers, tuple(kernels), tuple(weights), tuple(biases))
 
 
@@ -63,24 +67,22 @@ class Workspace:
         self._packed = packed
         self._machine = machine
         self._window = window
-        self._schedule = schedule(packed.layers, size, window)
+        self._schedule = make_schedule(packed.layers, size, window)
         tasks = self._schedule.tasks
         self._strides = [_stride(task, machine, size[1]) for task in tasks]
-        places = np.cumsum(
-            [
-                0,
-                *(
-                    task.n_buffer_rows * task.layer.n_channels * stride
-                    for task, stride in zip(tasks, self._strides, strict=True)
-                ),
-            ]
-        )
-        self._buffer = _aligned_zeros(int(places[-1]))
-        self._addresses = [self._buffer.ctypes.data + 4 * int(place) for place in places[:-1]]
+        sizes = [task.n_buffer_rows * task.layer.n_channels * stride for task, stride in zip(tasks, self._strides, strict=True)]
+        self._buffer = _aligned_zeros(sum(sizes))
+        places = np.cumsum([0, *sizes[:-1]])
+        self._addresses = [self._buffer.ctypes.data + 4 * int(place) for place in places]
         self._zeros = np.zeros(max(self._strides) + MARGIN, np.float32)
         self._threshold = np.zeros(1, np.float32)
         self._head_kernels = {np.dtype(dtype): machine.kernel(name)[0] for dtype, name in _HEADS.items()}
         self._records = np.stack([self._record(i, size) for i in range(len(tasks))])
+
+    @property
+    def n_bytes(self) -> int:
+        """Of its buffers."""
+        return self._buffer.nbytes
 
     def run(self, run: Any, tile: UInt8Array, out: Float32Array | UInt8Array, threshold: float = 0.0) -> None:
         """Compute the window of `tile` (y, x) into `out`, both contiguous along x. `run` is the compiled driver.
@@ -118,6 +120,45 @@ class Workspace:
         """Address, channels, stride and rows of a layer's buffer."""
         task = self._schedule.tasks[index]
         return self._addresses[index], task.layer.n_channels, self._strides[index], task.n_buffer_rows
+
+
+class Workspaces:
+    """Workspaces for any thread: made when there is none free of the kind, kept for the next tile of the kind.
+
+    What is kept takes `kept_bytes` at most; kinds not used for long go first.
+    """
+
+    def __init__(self, packed: Packed, machine: Machine, kept_bytes: int) -> None:
+        self._packed = packed
+        self._machine = machine
+        self._kept_bytes = kept_bytes
+        self._lock = threading.Lock()
+        self._free: dict[_Kind, list[Workspace]] = {}
+
+    @contextmanager
+    def one(self, size: tuple[int, int], window: tuple[Range, Range]) -> Iterator[Workspace]:
+        """A workspace that no other thread uses meanwhile."""
+        kind = (size, window)
+        with self._lock:
+            free = self._free.get(kind)
+            workspace = free.pop() if free else None
+        workspace = workspace or Workspace(self._packed, self._machine, size, window)
+        yield workspace  # after an error it is not put back
+        with self._lock:
+            self._free[kind] = [*self._free.pop(kind, []), workspace]  # now the last one used
+            while self.n_bytes > self._kept_bytes:
+                oldest = next(iter(self._free))
+                self._free[oldest].pop()
+                if not self._free[oldest]:
+                    del self._free[oldest]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all that are kept and free."""
+        return sum(workspace.n_bytes for free in self._free.values() for workspace in free)
+
+
+_Kind = tuple[tuple[int, int], tuple[Range, Range]]
 
 
 def _stride(task: Task, machine: Machine, width: int) -> int:
