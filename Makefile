@@ -37,7 +37,7 @@ clean:
 # No torch here: what a lab installs to segment.
 $(DEMO)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEMO)
-	$(DEMO)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[cpu]'
+	$(DEMO)/bin/pip install $(PIP_FLAGS) --constraint constraints.txt --editable .
 	touch $@
 
 $(TEST)/ready: pyproject.toml constraints.txt

@@ -213,6 +213,12 @@ VOLUMES: dict[str, Bad] = {
         "mend the disk.",
         means="The same in an image with shards, which are several chunks in a file.",
     ),
+    "empty-shard": Bad(
+        make=lambda p: segmenting(_cut(image(p / "em.zarr", shard=(8, 16, 16)), "s0/c/0/0/1", 0).name),
+        says="shard (0, 0, 1) (z, y, x) of em.zarr/s0 cannot be read (...); restore it from the original data, or "
+        "mend the disk.",
+        means="A file without content, as a power cut leaves them; zarr alone would read zeros there and say nothing.",
+    ),
     "not-tiff": Bad(
         make=lambda p: segmenting(_written(p / "stack.tif", b"<html>not found</html>").name),
         says="stack.tif cannot be read as TIFF (...); copy it again or save it anew.",

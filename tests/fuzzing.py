@@ -17,7 +17,7 @@ import tifffile
 import zarr
 from test_volume_readers import png_files, tiff_files, zipped
 from volume_files import halved, write_image
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 
 from kdunet_infer.testing import noise
 
@@ -58,6 +58,7 @@ def specimens(folder: Path) -> dict[str, Specimen]:
         "sharded": _zarr(sharded, folder=sharded / "s0"),
         "checksums": _zarr(_array(folder / "checksums.zarr", 3, compressors=[ZstdCodec(), Crc32cCodec()]), has_checksums=True),
         "zarr-v2-gzip": _zarr(_array(folder / "gzip.zarr", 2, compressors={"id": "gzip"}), has_checksums=True),
+        "zarr-v3-blosc": _zarr(_array(folder / "blosc.zarr", 3, compressors=BloscCodec())),
         "raw": _zarr(_array(folder / "raw.zarr", 3, compressors=None, serializer=BytesCodec())),
         "zip": _file(zipped(_array(folder / "zipped.zarr", 3), folder / "v.zip"), has_checksums=True),
         "tiff-imagej": _file(_tiff(folder / "imagej.tif", imagej=True)),

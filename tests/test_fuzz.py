@@ -37,7 +37,7 @@ from volume_files import hashes
 from kdunet_infer.card import METADATA_KEY
 from kdunet_infer.cli import main
 from kdunet_infer.engines import create_engine
-from kdunet_infer.errors import KdunetError
+from kdunet_infer.errors import CorruptChunk, KdunetError
 from kdunet_infer.geometry import Box
 from kdunet_infer.model import Model
 from kdunet_infer.volume import open_labels, open_source
@@ -132,6 +132,45 @@ def test_files_with_wrong_bytes(whole: dict[str, Specimen], part: str, how: How,
             if voxels is not None:
                 assert n_missing or not specimen.has_checksums or is_original(voxels)
                 assert part != "chunks" or voxels.shape == SHAPE
+
+
+LENGTHS = [0.0, 0.05, 0.13, 0.37, 0.61, 0.89, 0.97]
+
+
+@pytest.mark.parametrize("share", [*LENGTHS, *(pytest.param(n / 97, marks=pytest.mark.soak) for n in range(97))])
+def test_what_is_cut_short_is_never_read_as_if_it_were_whole(whole: dict[str, Specimen], share: float) -> None:
+    def cut(content: bytes, rng: random.Random) -> Damage:
+        n_left = int(share * len(content)) if share else rng.choice([0, 1, 15, 16, len(content) - 1])
+        return Damage(content[:n_left], f"cut to {n_left} of {len(content)} bytes")
+
+    for kind, specimen in whole.items():
+        for part in ("heads", "chunks"):
+            if getattr(specimen, part):
+                with case({kind: specimen}, part, cut, f"{kind} {part}") as (_, _):
+                    voxels, _ = read_all(specimen.path)
+                    assert voxels is None or is_original(voxels)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_left", "says"),
+    [
+        ("sharded", 0, r"shard \(0, 0, 0\) .*sharded.*the file c/0/0/0 is empty"),
+        ("ome-zarr-0.4", 0, r"chunk \(0, 0, 0\) .*v04.*the file 0/0/0/0 is empty"),
+        ("ome-zarr-0.4", 9, r"chunk \(0, 0, 0\) .*v04.*the file 0/0/0/0 has 9 bytes and says that it has 0"),
+        ("ome-zarr-0.4", 99, r"chunk \(0, 0, 0\) .*v04.*the file 0/0/0/0 has 99 bytes and says that it has 2\d\d"),
+        ("zarr-v3-blosc", 99, r"chunk \(0, 0, 0\) .*blosc.*the file c/0/0/0 has 99 bytes and says that it has 2\d\d"),
+    ],
+)
+def test_what_zarr_reads_without_a_word_is_refused(whole: dict[str, Specimen], name: str, n_left: int, says: str) -> None:
+    """Zarr gives zeros for an empty shard; Blosc decodes what lies in memory beyond the end of a chunk."""
+    file = whole[name].chunks[0]
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:n_left])
+        with pytest.raises(CorruptChunk, match=says):
+            open_source(whole[name].path).read(WHOLE)
+    finally:
+        file.write_bytes(content)
 
 
 # --- the command: done only if it is right

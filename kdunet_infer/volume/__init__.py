@@ -6,6 +6,7 @@ tiff.py, slices.py, hdf5.py, mrc.py  one format each as zyx arrays; foreign exce
 foreign.py  formats that are known and refused
 targets.py  where results go: `create_label`, `create_image`, `create_volume`
 arrays.py   Zarr nodes as zyx arrays; foreign exceptions end there
+chunk_files.py  the files of a Zarr array: which are missing, which cut short
 archive.py  Zarr in zip files
 ome.py      OME-Zarr metadata as values
 units.py    lengths in nanometres

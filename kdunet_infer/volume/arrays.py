@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,14 +19,13 @@ from zarr.core.sync import sync
 from kdunet_infer.errors import CorruptChunk, KdunetError, VolumeError, VolumeNotFound
 from kdunet_infer.geometry import ZYX, Box
 from kdunet_infer.volume.archive import archive_of
+from kdunet_infer.volume.chunk_files import ChunkFiles
 from kdunet_infer.volume.selection import AS_STORED, AS_ZYX, Selection, View, choose, named_axes
 
 VoxelArray = npt.NDArray[Any]
 
 _LONGEST = 200
 """Letters of what a foreign exception says: some quote the file they cannot read."""
-_CELL = re.compile(r"0|[1-9][0-9]{0,18}")
-"""A place along an axis as it stands in the key of a chunk."""
 _NUMBERS_V2 = re.compile(r"[<>|=]?[bifuc]\d+")
 _NUMBERS_V3 = re.compile(r"bool|u?int\d+|float\d+|complex\d+")
 
@@ -61,6 +59,8 @@ class Voxels:
     """Voxels of a file of several chunks, where the array has such files."""
     view: View = AS_ZYX
     """Which axes of the array are z, y and x, and where the others are cut."""
+    files: ChunkFiles | None = None
+    """Of a Zarr array."""
 
     @property
     def shape(self) -> ZYX:
@@ -77,7 +77,7 @@ class Voxels:
 
         Raises GeometryError for a box that leaves the volume, CorruptChunk for a chunk that cannot be read or decoded.
         """
-        slices = box.slices_in(Box.of_shape(self.shape))
+        slices = self.view.slices(box.slices_in(Box.of_shape(self.shape)))
         if not box.n_voxels:
             return np.empty(box.shape, self.dtype)
         try:
@@ -85,8 +85,19 @@ class Voxels:
         except Exception:  # codecs raise anything; reading chunk by chunk tells which chunk it is
             return self._read_by_chunk(box)
 
-    def _cut(self, slices: Sequence[slice]) -> VoxelArray:
-        part = self.view.arranged(np.asarray(self.array[self.view.slices(slices)]))
+    def missing_files(self) -> tuple[int, int]:
+        """(files of a Zarr array that do not exist, files expected), of the volume alone; (0, 0) for other formats.
+
+        Raises VolumeError for a folder that may not be listed.
+        """
+        whole = Box.of_shape(self.shape)
+        return self.files.missing(self.view.slices(whole.slices_in(whole))) if self.files else (0, 0)
+
+    def _cut(self, slices: tuple[slice, ...]) -> VoxelArray:
+        """Of slices of the array as stored."""
+        if self.files:
+            self.files.check(slices)
+        part = self.view.arranged(np.asarray(self.array[slices]))
         # A copy, so that a memory-mapped file is read here and not wherever its voxels are first touched.
         return np.array(part, self.dtype, order="C")
 
@@ -96,7 +107,7 @@ class Voxels:
         for file_box in box.snapped(file_shape).split(file_shape):
             part = file_box.intersection(box)
             try:
-                voxels[part.slices_in(box)] = self._cut(part.slices_in(Box.of_shape(self.shape)))
+                voxels[part.slices_in(box)] = self._cut(self.view.slices(part.slices_in(Box.of_shape(self.shape))))
             except KdunetError:  # of a file within a folder: it is named already
                 raise
             except Exception as exc:
@@ -164,56 +175,8 @@ def zarr_voxels(path: Path, array: zarr.Array[Any], axes: str | None = None, sel
     Raises VolumeError for arrays that are empty, or cannot be seen as zyx without being told more.
     """
     view = choose(array.shape, axes or _named_axes(array), selection, path)
-    return Voxels(path, array, view.shape(array.chunks), view.shape(array.shards) if array.shards else None, view)
-
-
-def missing_files(voxels: Voxels) -> tuple[int, int]:
-    """(files of a Zarr array that do not exist, files expected): chunks or shards, of the selected part alone.
-
-    What is not there reads as the fill value. Folders are listed, no file is opened, and memory and time are those of the files
-    that do exist; (0, 0) for anything but Zarr. Raises VolumeError for a folder that may not be listed.
-    """
-    array, path = voxels.array, voxels.path
-    if not isinstance(array, zarr.Array) or zarr_format_at(path) is None:
-        return 0, 0
-    file_shape, view = array.shards or array.chunks, voxels.view
-    grid = [
-        range(-(-n // size)) if axis in "zyx" else range(index // size, index // size + 1)
-        for axis, index, n, size in zip(view.axes, view.index, array.shape, file_shape, strict=True)
-    ]
-    n_expected = math.prod(cells.stop - cells.start for cells in grid)  # len() ends at 2^63
-    prefix, _, rest = array.metadata.encode_chunk_key((0,) * array.ndim).partition("0")
-    return n_expected - _n_files(path, prefix, rest[0], grid), n_expected
-
-
-def _n_files(path: Path, prefix: str, separator: str, grid: Sequence[range]) -> int:
-    """How many chunk files there are whose keys are `prefix` and then, for each axis, a cell of `grid`."""
-    archive = archive_of(path)
-    if archive is None and separator == "/":
-        return _n_below(path / prefix, grid)
-    keys = _names_in(path) if archive is None else archive.keys_below(path)
-    return sum(key.startswith(prefix) and _is_in(key[len(prefix) :].split(separator), grid) for key in keys)
-
-
-def _n_below(folder: Path, grid: Sequence[range]) -> int:
-    first, *rest = grid
-    names = [name for name in _names_in(folder) if _is_in([name], [first])]
-    return sum(_n_below(folder / name, rest) for name in names) if rest else len(names)
-
-
-def _is_in(names: Sequence[str], grid: Sequence[range]) -> bool:
-    return len(names) == len(grid) and all(
-        _CELL.fullmatch(name) is not None and int(name) in cells for name, cells in zip(names, grid, strict=True)
-    )
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as exc:
-        raise VolumeError(f"{folder} cannot be looked into ({first_line(exc)}); check its permissions.") from exc
+    shard_shape = view.shape(array.shards) if array.shards else None
+    return Voxels(path, array, view.shape(array.chunks), shard_shape, view, ChunkFiles(path, array))
 
 
 def _named_axes(array: zarr.Array[Any]) -> str | None:

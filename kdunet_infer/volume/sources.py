@@ -15,7 +15,7 @@ from kdunet_infer.errors import VolumeError
 from kdunet_infer.geometry import ZYX, Box
 from kdunet_infer.mirror import read_mirrored
 from kdunet_infer.volume.archive import archive_of
-from kdunet_infer.volume.arrays import VoxelArray, Voxels, check_exists, missing_files, open_node, zarr_format_at, zarr_voxels
+from kdunet_infer.volume.arrays import VoxelArray, Voxels, check_exists, open_node, zarr_format_at, zarr_voxels
 from kdunet_infer.volume.foreign import refuse_foreign
 from kdunet_infer.volume.hdf5 import HDF5_SUFFIXES, open_hdf5, split_hdf5
 from kdunet_infer.volume.mrc import MRC_SUFFIXES, open_mrc
@@ -99,9 +99,10 @@ class VolumeSource:
     def missing_chunks(self) -> tuple[int, int]:
         """(chunk or shard files that do not exist, files expected) of a Zarr array; (0, 0) for other formats.
 
-        A chunk that does not exist reads as the fill value, as Zarr has it, whether it was never written or was lost.
+        A chunk that does not exist reads as the fill value, as Zarr has it, whether it was never written or was lost. Raises
+        VolumeError for a folder that may not be listed.
         """
-        return missing_files(self.voxels)
+        return self.voxels.missing_files()
 
 
 def open_source(path: str | Path, selection: Selection = AS_STORED) -> VolumeSource:

@@ -103,8 +103,9 @@ def _check_complete(path: Path, tiff: tifffile.TiffFile) -> None:
     # The last page of a whole file links to nothing, and its voxels end before the file does.
     last = tiff.pages[n_pages - 1]
     tiff.filehandle.seek(link_at)
-    ends = (begin + size for begin, size in zip(last.dataoffsets, last.databytecounts, strict=False))
-    if any(tiff.filehandle.read(tiff.tiff.offsetsize)) or max(ends, default=0) > tiff.filehandle.size:
+    ends = [begin + size for begin, size in zip(last.dataoffsets, last.databytecounts, strict=False)]
+    # Without ends, it was cut within the page's own description, and tifffile would give zeros.
+    if any(tiff.filehandle.read(tiff.tiff.offsetsize)) or not ends or max(ends) > tiff.filehandle.size:
         raise VolumeError(f"{path} breaks off after page {n_pages}; copy it again or save it anew.")
 
 
