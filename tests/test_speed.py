@@ -132,6 +132,9 @@ class Windows(ProbeEngine):
     def mask_window(self, tiles: UInt8Array, rows: object, columns: object, threshold: float) -> UInt8Array:
         raise AssertionError("probabilities are compared")
 
+    def working_bytes(self, tile_shape: tuple[int, int]) -> int:
+        return 0
+
 
 def test_an_engine_that_computes_windows_is_asked_for_the_cores_alone() -> None:
     engine, slices = Windows(radius=3, stride=2), noise((2, 32, 48))
