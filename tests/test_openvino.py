@@ -41,6 +41,31 @@ def tiles() -> np.ndarray:
     return phantom_box(Box((0, 0, 0), (1, 256, 320)), seed=3)[0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="signal stacks are OpenVINO's matter there")
+def test_signals_find_their_stack_when_engines_have_come_and_gone() -> None:
+    """In the order in which they came: OpenVINO alone would leave the address of a stack that is gone."""
+    code = """
+import faulthandler, gc, os, signal
+faulthandler.enable()  # signal handlers then run on a stack of their own
+import numpy as np
+from kdunet_infer.engines import create_engine
+from kdunet_infer.model import Model
+model = Model.load("phantom-2unet")
+engines = [create_engine("openvino", model, n_threads=1) for _ in range(3)]
+for engine in engines:
+    engine.infer(np.zeros((1, 16, 16), np.uint8))
+while engines:
+    del engines[0]
+    gc.collect()
+del engine
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("caught"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (finished.returncode, finished.stdout) == (0, "caught\n"), finished.stderr
+
+
 def test_float32_is_within_1e_5_of_onnxruntime(released: Model, tiles: np.ndarray) -> None:
     """Sums of up to 288 float32 terms in another order; 4.8e-6 on EPFL slices."""
     want = OnnxRuntimeEngine(released, n_threads=1).infer(tiles)

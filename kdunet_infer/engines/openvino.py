@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 from contextlib import contextmanager
@@ -33,6 +34,31 @@ def _without_telemetry() -> Iterator[None]:
 with _without_telemetry():
     import openvino
 
+
+class _SignalStack(ctypes.Structure):
+    """C's `stack_t`, as Linux lays it out."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _own_signal_stack() -> Iterator[None]:
+    """Give this thread back the stack that signal handlers run on.
+
+    OpenVINO's threading puts one of its own there and puts back what it found when a compiled model goes. Where two models go
+    in the order in which they came, that is the stack of the first, which is gone: the next Ctrl-C would end the process.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
+
+
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 """Ours -> OpenVINO's."""
 BF16_CAPABILITY = "BF16"
@@ -52,8 +78,9 @@ class OpenVinoEngine:
             raise EngineError(f"engine 'openvino' has no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
         self._stride_zyx = model.card.stride_zyx
         self._precision = precision
-        self._compiled = _compile(model, n_threads or available_cpus(), precision)
-        self._request = self._compiled.create_infer_request()
+        with _own_signal_stack():
+            self._compiled = _compile(model, n_threads or available_cpus(), precision)
+            self._request = self._compiled.create_infer_request()
         self._one_at_a_time = threading.Lock()
 
     def infer(self, tiles: UInt8Array) -> Float32Array:
@@ -63,7 +90,7 @@ class OpenVinoEngine:
         """
         check_tiles(tiles, self._stride_zyx)
         try:
-            with self._one_at_a_time:
+            with self._one_at_a_time, _own_signal_stack():
                 # not `infer`: on one thread it swallows a failure and hands out the result before it (2026.4)
                 self._request.start_async({INPUT_NAME: tiles[:, None]})
                 self._request.wait()
