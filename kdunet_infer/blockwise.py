@@ -143,7 +143,7 @@ def compute_block(
             mask[kept] = engine.mask_window(tiles, rows, columns, threshold)
             is_nan = mask[kept].max() > 1
         else:
-            p = _infer_window(engine, tiles, rows, columns)
+            p = infer_window(engine, tiles, rows, columns)
             mask[kept] = p >= np.float32(threshold)
             is_nan = np.isnan(p.max())  # max carries a NaN
             if probability is not None and not is_nan:
@@ -153,7 +153,11 @@ def compute_block(
     return BlockResult(mask, probability)
 
 
-def _infer_window(engine: Engine, tiles: UInt8Array, rows: Range, columns: Range) -> Float32Array:
+def infer_window(engine: Engine, tiles: UInt8Array, rows: Range, columns: Range) -> Float32Array:
+    """The part `rows`, `columns` (n, y, x) of what `engine.infer` returns for `tiles`; computed alone where the engine can.
+
+    Raises as `Engine.infer` does.
+    """
     if isinstance(engine, WindowEngine):
         return engine.infer_window(tiles, rows, columns)
     return engine.infer(tiles)[:, slice(*rows), slice(*columns)]

@@ -102,6 +102,16 @@ def closed(roi: Box | OpenBox | None, shape: ZYX) -> Box | None:
     return roi.within(shape) if isinstance(roi, OpenBox) else roi
 
 
+def checked_roi(roi: Box, shape: ZYX) -> Box:
+    """`roi` itself. Raises GeometryError where it leaves a volume of `shape` or holds no voxels."""
+    whole = Box.of_shape(shape)
+    if not whole.contains(roi):
+        raise GeometryError(f"region of interest {roi} leaves the volume of {shape} voxels; choose one inside {whole}.")
+    if roi.n_voxels == 0:
+        raise GeometryError(f"region of interest {roi} holds no voxels; give begin:end with end > begin along each axis.")
+    return roi
+
+
 def _zyx(values: Iterator[int]) -> ZYX:
     z, y, x = values
     return z, y, x

@@ -194,8 +194,8 @@ class _Units:
             yield from box.split(self.chunk_shape)
 
 
-def _pieces(volume: GreyVolume, units: _Units, chosen: list[int]) -> Iterator[tuple[VoxelArray, float | None]]:
-    """Chunk by chunk: its voxels, and its value where it is padding."""
+def _unpadded_runs(volume: GreyVolume, units: _Units, chosen: list[int], padding: set[float]) -> Iterator[VoxelArray]:
+    """All voxels but those of chunks that are padding, flat, so many at a time; `padding` gains the values of those."""
     least = min(PADDING_VOXELS, math.prod(volume.shape))
     for index in chosen:
         box = units.box(index)
@@ -203,8 +203,10 @@ def _pieces(volume: GreyVolume, units: _Units, chosen: list[int]) -> Iterator[tu
         for part in units.parts(box):
             piece = voxels[part.slices_in(box)]
             first = piece[0, 0, 0]
-            is_padding = piece.size >= least and piece[-1, -1, -1] == first and bool((piece == first).all())
-            yield piece, float(first) if is_padding else None
+            if piece.size >= least and piece[-1, -1, -1] == first and (piece == first).all():
+                padding.add(float(first))
+            else:
+                yield from _runs(piece)
 
 
 def _counted(volume: GreyVolume, units: _Units, chosen: list[int]) -> tuple[Float64Array, Int64Array, set[float]]:
@@ -212,12 +214,8 @@ def _counted(volume: GreyVolume, units: _Units, chosen: list[int]) -> tuple[Floa
     info = np.iinfo(volume.dtype)
     counts = np.zeros(2**info.bits, np.int64)
     padding: set[float] = set()
-    for piece, value in _pieces(volume, units, chosen):
-        if value is not None:
-            padding.add(value)
-            continue
-        for run in _runs(piece):
-            counts += np.bincount(run.astype(np.intp) - info.min, minlength=counts.size)
+    for run in _unpadded_runs(volume, units, chosen, padding):
+        counts += np.bincount(run.astype(np.intp) - info.min, minlength=counts.size)
     counts[[int(value) - info.min for value in padding]] = 0  # in the chunks that padding fills only in part
     return np.arange(counts.size, dtype=np.float64) + info.min, counts, padding
 
@@ -226,12 +224,8 @@ def _binned(volume: GreyVolume, units: _Units, chosen: list[int]) -> tuple[Float
     """Centres of equal bins of a wider type, their counts, and the values of padding: a coarse pass, then a fine one."""
     coarse = np.zeros(N_BINS, np.int64)
     padding: set[float] = set()
-    for piece, value in _pieces(volume, units, chosen):
-        if value is not None:
-            padding.add(value)
-            continue
-        for run in _runs(piece):
-            coarse += np.bincount(_ordered_codes(run), minlength=N_BINS)
+    for run in _unpadded_runs(volume, units, chosen, padding):
+        coarse += np.bincount(_ordered_codes(run), minlength=N_BINS)
     if not coarse.any():
         return np.zeros(0), np.zeros(0, np.int64), padding
     low, width, half = _fine_bins(coarse, is_integer=volume.dtype.kind in "iu")

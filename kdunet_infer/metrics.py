@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kdunet_infer.boundary import near_boundary
-from kdunet_infer.errors import ConfigError, EngineError, GeometryError, VolumeError
-from kdunet_infer.geometry import ZYX, Box
+from kdunet_infer.errors import ConfigError, EngineError, VolumeError
+from kdunet_infer.geometry import ZYX, Box, checked_roi
 
 LabelArray = npt.NDArray[Any]
 """Integers or booleans; foreground is every value but 0."""
@@ -208,7 +208,7 @@ def evaluate_volumes(
     if tolerance < 0:
         raise ConfigError(f"tolerance is {tolerance}; it must be 0 (every voxel counts) or a number of voxels.")
     whole = Box.of_shape(truth.shape)
-    region = whole if roi is None else _checked_roi(roi, whole)
+    region = whole if roi is None else checked_roi(roi, truth.shape)
     per_slice = [Confusion()] * region.shape[0]
     n_done = 0
     chunk_shapes = [volume.chunk_shape for volume in (prediction, truth, mask) if volume is not None]
@@ -354,14 +354,6 @@ def _why_none(has_mask: bool, tolerance: int) -> str:
     if not has_mask:
         return f"all lie {near}; lower the tolerance"
     return f"all lie where the mask is 0 or {near}; give a larger mask or lower the tolerance"
-
-
-def _checked_roi(roi: Box, whole: Box) -> Box:
-    if not whole.contains(roi):
-        raise GeometryError(f"region of interest {roi} leaves the volume of {whole.shape} voxels; choose one inside {whole}.")
-    if roi.n_voxels == 0:
-        raise GeometryError(f"region of interest {roi} holds no voxels; give begin:end with end > begin along each axis.")
-    return roi
 
 
 def _check_labels(labels: LabelArray, subject: str = "labels have") -> None:

@@ -6,13 +6,21 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdunet_infer.errors import ConfigError, VolumeError
+from kdunet_infer.errors import ConfigError
 from kdunet_infer.geometry import ZYX
 from kdunet_infer.options import SegmentOptions
-from kdunet_infer.volume import Content, TargetFormat, VolumeSource, VolumeTarget, check_image, create_image, create_label
+from kdunet_infer.volume import (
+    Content,
+    TargetFormat,
+    VolumeSource,
+    VolumeTarget,
+    check_image,
+    check_label,
+    create_image,
+    create_label,
+)
 from kdunet_infer.volume import target_write_shape as write_shape_like
 from kdunet_infer.volume.formats import choose_format, own_format
-from kdunet_infer.volume.ownership import check_free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +41,8 @@ class Output:
         """Refuse what `create` would refuse, before anything is removed. Raises VolumeError."""
         if self.label is None:
             check_image(self.path, like=source, overwrite=overwrite, target_format=self.target_format)
-        elif source.group is None:
-            raise VolumeError(
-                f"{source.path} is not an OME-Zarr image at full resolution, so it takes no labels; "
-                "write to a new volume with -o OUT.zarr."
-            )
         else:
-            check_free(self.path, overwrite=overwrite)
+            check_label(source, self.label, overwrite=overwrite)
 
     def create(self, source: VolumeSource, *, overwrite: bool) -> VolumeTarget:
         """Start it; raises as `create_label` and `create_image` do."""

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from kdunet_infer.card import ModelCard
 from kdunet_infer.errors import GeometryError, ModelCardError
-from kdunet_infer.geometry import ZYX, Box
+from kdunet_infer.geometry import ZYX, Box, checked_roi
 
 YX = tuple[int, int]
 
@@ -178,7 +178,7 @@ def plan_segmentation(
     shard_shape = _positive("shard", shard_shape)
     return Plan(
         volume_shape=shape,
-        roi=_checked_roi(Box.of_shape(shape) if roi is None else roi, shape),
+        roi=checked_roi(Box.of_shape(shape) if roi is None else roi, shape),
         block_shape=_default_block(shape, shard_shape) if block_shape is None else _checked_block(block_shape, shard_shape),
         tile_shape=_default_tile(card.stride_zyx) if tile_shape is None else _checked_tile(tile_shape, card.stride_zyx),
         stride_zyx=card.stride_zyx,
@@ -190,16 +190,6 @@ def _positive(what: str, shape: ZYX) -> ZYX:
     if min(shape) < 1:
         raise GeometryError(f"{what} shape {shape} has an axis without voxels; every axis needs at least one.")
     return shape
-
-
-def _checked_roi(roi: Box, shape: ZYX) -> Box:
-    if not Box.of_shape(shape).contains(roi):
-        raise GeometryError(
-            f"region of interest {roi} leaves the volume of {shape} voxels; choose one inside {Box.of_shape(shape)}."
-        )
-    if roi.n_voxels == 0:
-        raise GeometryError(f"region of interest {roi} holds no voxels; give begin:end with end > begin along each axis.")
-    return roi
 
 
 def _default_block(shape: ZYX, shard_shape: ZYX) -> ZYX:

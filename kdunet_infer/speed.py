@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kdunet_infer.blockwise import Engine, Float32Array, UInt8Array, WindowEngine, batch_size_of
+from kdunet_infer.blockwise import Engine, Float32Array, UInt8Array, batch_size_of, infer_window
 from kdunet_infer.engines import ENGINES, create_engine
 from kdunet_infer.errors import EngineError
 from kdunet_infer.geometry import Box
@@ -137,16 +137,14 @@ def _turn(run: Callable[[], object], seconds: float) -> float:
 def core_run(engine: Engine, tiles: UInt8Array, margins: YX) -> tuple[Callable[[], Float32Array], int]:
     """A call without arguments that computes the cores (n, y, x) of the next n of `tiles`, again and again; and n.
 
-    As a run does: as many tiles at once as the engine asks for, through `infer_window` where it has it, else by cutting the
-    halo off. Probabilities of every engine, so that the work is the same.
+    As a run does: as many tiles at once as the engine asks for, through `blockwise.infer_window`. Probabilities of every
+    engine, so that the work is the same.
     """
     n = batch_size_of(engine)
     indices = np.arange(math.lcm(n, len(tiles))).reshape(-1, n) % len(tiles)
     turn = itertools.cycle([tiles[chosen] for chosen in indices])
     rows, columns = ((margin, length - margin) for margin, length in zip(margins, tiles.shape[1:], strict=True))
-    if isinstance(engine, WindowEngine):
-        return lambda: engine.infer_window(next(turn), rows, columns), n
-    return lambda: engine.infer(next(turn))[:, slice(*rows), slice(*columns)], n
+    return lambda: infer_window(engine, next(turn), rows, columns), n
 
 
 def mirrored(slices: UInt8Array, margins: YX) -> UInt8Array:

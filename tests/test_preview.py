@@ -191,6 +191,8 @@ def test_a_dry_run_refuses_what_the_run_refuses(volume: Path, model: Model, opti
     with pytest.raises(TargetExists, match="--overwrite"):
         dry_run(volume, None, model, options)
     assert dry_run(volume, None, model, replace(options, overwrite=True)).n_blocks == 1
+    with pytest.raises(VolumeError, match="label name 'a/b' cannot be"):
+        dry_run(volume, None, replace(model, card=replace(model.card, name="a/b")), options)
     flat = write_image(tmp_path / "flat.zarr", [noise(SHAPE)], chunk=(16, 16, 32)) / "s0"
     tifffile.imwrite(tmp_path / "v.tif", noise(SHAPE), photometric="minisblack")
     with pytest.raises(VolumeError, match="takes no labels; write to a new volume with -o"):

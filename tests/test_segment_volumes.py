@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -281,7 +280,7 @@ def test_a_full_disk_on_the_way_to_cleaning_is_one_sentence(
 
     with monkeypatch.context() as patched:
         # the target's own arrays are created by then: its module has its own name for the function
-        patched.setattr(kdunet_infer.volume.scratch, "zarr", SimpleNamespace(create_array=refuse))
+        patched.setattr(kdunet_infer.volume.scratch, "create_level", refuse)
         with pytest.raises(VolumeError, match=r"raw cannot be written \(.*No space left.*\); check free space"):
             segment(volume, model=model, options=SegmentOptions(min_size=9))
     with pytest.raises(VolumeError, match="was not finished"):

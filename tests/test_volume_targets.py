@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,13 +21,14 @@ from ome_zarr_models.exceptions import ValidationWarning
 from volume_files import halved, hashes, write_image
 
 from kdunet_infer.blockwise import UInt8Array
-from kdunet_infer.errors import GeometryError, TargetExists, VolumeError
+from kdunet_infer.errors import GeometryError, KdunetError, TargetExists, VolumeError
 from kdunet_infer.geometry import ZYX, Box
 from kdunet_infer.testing import noise
 from kdunet_infer.volume import (
     Content,
     VolumeSource,
     VolumeTarget,
+    check_label,
     create_image,
     create_label,
     create_volume,
@@ -510,6 +512,16 @@ def test_label_names_are_safe(tmp_path: Path, name: str) -> None:
     before = hashes(tmp_path)
     with pytest.raises(VolumeError, match=r"cannot be; use letters, digits, '_', '-' and '\.', first a letter or digit"):
         create_label(open_source(image), name)
+    assert hashes(tmp_path) == before
+
+
+@pytest.mark.parametrize(("name", "says"), [("a/b", "cannot be; use letters"), ("mito", "add --overwrite"), ("other", None)])
+def test_what_a_label_would_be_refused_for_is_known_before(tmp_path: Path, name: str, says: str | None) -> None:
+    source = open_source(three_levels(tmp_path / "v.zarr"))
+    finished_label(source)
+    before = hashes(tmp_path)
+    with pytest.raises(KdunetError, match=says) if says else nullcontext():
+        check_label(source, name)
     assert hashes(tmp_path) == before
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-import llvmlite.binding as llvm
+from kdunet_infer.engines.native.compiled import host_machine, jit
+from kdunet_infer.engines.native.machine import Machine
 
 N_LOOPS = 2_000_000
 """A call: a few milliseconds."""
@@ -18,10 +20,10 @@ N_LOOPS = 2_000_000
 
 def peak_run(n_threads: int) -> tuple[Callable[[], None], int]:
     """A call that keeps `n_threads` CPUs busy, and how many multiply-adds it does."""
-    features = llvm.get_host_cpu_features()
-    n_lanes = 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+    machine = host_machine()
+    n_lanes = machine.n_lanes
     n_sums = 24 if n_lanes == 16 else 12  # of 32 registers, or of 16
-    spin = _compiled(_source(n_lanes, n_sums), features.flatten() + ",-prefer-256-bit")
+    spin = _compiled(_source(n_lanes, n_sums), machine)
     threads = ThreadPoolExecutor(n_threads)
     outs = [(ctypes.c_float * (n_lanes * n_sums))() for _ in range(n_threads)]
 
@@ -62,15 +64,11 @@ end:
 """
 
 
-_engines: list[llvm.ExecutionEngine] = []
+_engines: list[Any] = []
 """Code lives as long as its engine."""
 
 
-def _compiled(source: str, features: str) -> Callable[[int, int], None]:
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=2)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(source), target)
-    engine.finalize_object()
+def _compiled(source: str, machine: Machine) -> Callable[[int, int], None]:
+    engine = jit(source, machine)
     _engines.append(engine)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(engine.get_function_address("spin"))

@@ -27,6 +27,7 @@ from kdunet_infer.volume.sources import VolumeSource, open_labels, open_source
 from kdunet_infer.volume.targets import (
     VolumeTarget,
     check_image,
+    check_label,
     create_image,
     create_label,
     create_volume,
@@ -43,6 +44,7 @@ __all__ = [
     "VolumeTarget",
     "Voxels",
     "check_image",
+    "check_label",
     "create_image",
     "create_label",
     "create_volume",

@@ -7,11 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-import zarr
-
 from kdunet_infer.errors import VolumeError
-from kdunet_infer.volume.arrays import zarr_voxels
-from kdunet_infer.volume.targets import VolumeTarget
+from kdunet_infer.volume.targets import VolumeTarget, create_level
 
 _RAW = ".kdunet/raw"
 
@@ -22,17 +19,11 @@ def scratch(target: VolumeTarget) -> Iterator[VolumeTarget]:
 
     Raises VolumeError where the disk refuses.
     """
-    path, level = target.store / _RAW, target.layout.levels[0]
+    path = target.store / _RAW
+    layout = replace(target.layout, levels=target.layout.levels[:1], version="0.5", zarr_format=3)
     try:
         try:
-            array = zarr.create_array(
-                str(path),
-                shape=level.shape,
-                dtype="uint8",
-                chunks=level.chunk_shape,
-                shards=level.shard_shape,
-                fill_value=0,
-            )
+            voxels = create_level(path, None, layout)
         except OSError as exc:
             raise VolumeError(f"{path} cannot be written ({exc}); check free space and permissions, then run again.") from exc
         yield VolumeTarget(
@@ -40,9 +31,9 @@ def scratch(target: VolumeTarget) -> Iterator[VolumeTarget]:
             store=path,
             name=target.name,
             content="mask",
-            layout=replace(target.layout, levels=(level,), version="0.5", zarr_format=3),
+            layout=layout,
             target_format="zarr",
-            levels=(zarr_voxels(path, array),),
+            levels=(voxels,),
             is_label=False,
         )
     finally:

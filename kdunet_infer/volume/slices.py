@@ -16,8 +16,9 @@ import numpy as np
 from kdunet_infer.errors import CorruptChunk, VolumeError
 from kdunet_infer.geometry import Box
 from kdunet_infer.volume.arrays import VoxelArray, Voxels, check_exists, first_line
+from kdunet_infer.volume.formats import TIFF_SUFFIXES
 from kdunet_infer.volume.selection import Selection, choose
-from kdunet_infer.volume.tiff import TIFF_SUFFIXES, open_tiff
+from kdunet_infer.volume.tiff import open_tiff
 
 PNG_SUFFIX = ".png"
 _SUFFIXES = (*TIFF_SUFFIXES, PNG_SUFFIX)

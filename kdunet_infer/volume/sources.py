@@ -17,6 +17,7 @@ from kdunet_infer.mirror import read_mirrored
 from kdunet_infer.volume.archive import archive_of
 from kdunet_infer.volume.arrays import VoxelArray, Voxels, check_exists, open_node, zarr_format_at, zarr_voxels
 from kdunet_infer.volume.foreign import refuse_foreign
+from kdunet_infer.volume.formats import TIFF_SUFFIXES
 from kdunet_infer.volume.hdf5 import HDF5_SUFFIXES, open_hdf5, split_hdf5
 from kdunet_infer.volume.mrc import MRC_SUFFIXES, open_mrc
 from kdunet_infer.volume.ome import (
@@ -33,7 +34,7 @@ from kdunet_infer.volume.ome import (
 from kdunet_infer.volume.ownership import state_of
 from kdunet_infer.volume.selection import AS_STORED, Selection
 from kdunet_infer.volume.slices import PNG_SUFFIX, open_slices
-from kdunet_infer.volume.tiff import TIFF_SUFFIXES, open_tiff
+from kdunet_infer.volume.tiff import open_tiff
 from kdunet_infer.volume.units import nanometres
 
 DEFAULT_CHUNK_SHAPE = (64, 128, 128)

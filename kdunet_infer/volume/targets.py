@@ -151,19 +151,17 @@ def create_label(source: VolumeSource, name: str, *, overwrite: bool = False) ->
     `overwrite`, and for anything that is not ours; VolumeError for a source that can have no labels, for a name that is no
     safe folder name, and where the disk refuses.
     """
-    if source.group is None:
-        raise VolumeError(
-            f"{source.path} is not an OME-Zarr image at full resolution, so it takes no labels; "
-            "write to a new volume with -o OUT.zarr."
-        )
-    if not _LABEL_NAME.fullmatch(name):
-        raise VolumeError(f"label name {name!r} cannot be; use letters, digits, '_', '-' and '.', first a letter or digit.")
-    path = source.group / "labels" / name
+    path = _label_path(source, name)
     target_format = own_format(source.layout)
     layout = target_layout(source.layout, target_format)
     if not overwrite:
         _mend_list(path, layout)
     return _create(path, name, layout, target_format, content="mask", is_label=True, overwrite=overwrite)
+
+
+def check_label(source: VolumeSource, name: str, *, overwrite: bool = False) -> None:
+    """Refuse what `create_label` would refuse, before anything is removed or written."""
+    check_free(_label_path(source, name), overwrite=overwrite)
 
 
 def create_image(
@@ -221,6 +219,17 @@ def create_volume(
     return _create(path, name or path.stem, layout, target_format, content="image", is_label=False, overwrite=overwrite)
 
 
+def _label_path(source: VolumeSource, name: str) -> Path:
+    if source.group is None:
+        raise VolumeError(
+            f"{source.path} is not an OME-Zarr image at full resolution, so it takes no labels; "
+            "write to a new volume with -o OUT.zarr."
+        )
+    if not _LABEL_NAME.fullmatch(name):
+        raise VolumeError(f"label name {name!r} cannot be; use letters, digits, '_', '-' and '.', first a letter or digit.")
+    return source.group / "labels" / name
+
+
 def _halved(shape: ZYX, chunk_shape: ZYX, shard_shape: ZYX | None, size: Vector, factor: int) -> Level:
     z, y, x = (-(-n // factor) for n in shape)
     # The centre of the first coarser voxel is that of the finer voxels in it, half a voxel off per halving.
@@ -240,10 +249,10 @@ def _create(
         for old in (path, store):
             remove(old)
         if target_format == "zarr":
-            levels: tuple[Voxels, ...] = (_create_level(store, None, layout),)
+            levels: tuple[Voxels, ...] = (create_level(store, None, layout),)
         else:
             zarr.create_group(str(store), zarr_format=layout.zarr_format, attributes=mark_unfinished())
-            levels = tuple(_create_level(store, index, layout) for index in range(len(layout.levels)))
+            levels = tuple(create_level(store, index, layout) for index in range(len(layout.levels)))
     return VolumeTarget(
         path=path,
         store=store,
@@ -256,8 +265,11 @@ def _create(
     )
 
 
-def _create_level(store: Path, index: int | None, layout: Layout) -> Voxels:
-    """The array of a level in a group, or of the finest where there is no group."""
+def create_level(store: Path, index: int | None, layout: Layout) -> Voxels:
+    """A new array (uint8, zeros) of a level in the group at `store`; index None: of the finest, at `store`, marked unfinished.
+
+    Raises OSError where the disk refuses.
+    """
     level = layout.levels[index or 0]
     is_v3 = layout.zarr_format == 3
     array = zarr.create_array(

@@ -18,7 +18,6 @@ from kdunet_infer.volume.ome import UNKNOWN_AXIS, Vector
 from kdunet_infer.volume.selection import AS_STORED, Selection, choose
 from kdunet_infer.volume.units import nanometres
 
-TIFF_SUFFIXES = (".tif", ".tiff")
 # What tifffile logs about a damaged file, line by line, is said by us in one sentence: print it only where logging is set up.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 

@@ -47,18 +47,27 @@ def host_machine() -> Machine:
 @functools.cache
 def compile_kernels(machine: Machine) -> Compiled:
     """The kernels for `machine`, which the host must be able to run."""
+    engine = jit(str(build_module(machine, llvm.get_default_triple())), machine)
+    signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 4)
+    return Compiled(machine, llvm.get_host_cpu_name(), signature(engine.get_function_address("run")), engine)
+
+
+def jit(source: str, machine: Machine) -> Any:
+    """LLVM's engine with the code of `source` for `machine`, which the host must be able to run: the code lives as long as it.
+
+    `get_function_address(name)` of it says where a function is.
+    """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    cpu = llvm.get_host_cpu_name()
     features = llvm.get_host_cpu_features().flatten() + _FEATURES[machine]
-    target = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
-    code = llvm.parse_assembly(str(build_module(machine, llvm.get_default_triple())))
+    host = llvm.Target.from_default_triple()
+    target = host.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
+    code = llvm.parse_assembly(source)
     code.verify()
     # No optimisation passes: kernels are written as they should run; -O2 takes as long as all the rest and brings 3 %.
     engine = llvm.create_mcjit_compiler(code, target)
     engine.finalize_object()
-    signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 4)
-    return Compiled(machine, cpu, signature(engine.get_function_address("run")), engine)
+    return engine
 
 
 def version() -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 from llvmlite import ir
 
@@ -101,9 +101,14 @@ def _in_vectors(k: Kernel, record: Value, n_vectors: int, body: Callable[[Value,
         k.loop(x, end, k.n_lanes, lambda x: body(x, 1))
 
 
-def _pad_right(k: Kernel, record: Value, row: Value) -> None:
+def _channel_rows(k: Kernel, m: _Map, rows: list[Value], first: Value, n: int) -> list[list[Value]]:
+    """Addresses of column 0 of each row in `n` channels from `first` on, by row and channel."""
+    return [[k.at(row, k.b.mul(k.b.add(first, k.integer(i)), m.stride)) for i in range(n)] for row in rows]
+
+
+def _pad_right(k: Kernel, row: Value, end: Value) -> None:
     """A zero after the last column: what the next layer sees where the image ends. Never read where it does not end."""
-    k.b.store(ir.Constant(F32, 0.0), k.at(row, k.field(record, Field.X_END)), align=4)
+    k.b.store(ir.Constant(F32, 0.0), k.at(row, end), align=4)
 
 
 def _normalise(module: ir.Module, machine: Machine) -> Value:
@@ -123,7 +128,7 @@ def _normalise(module: ir.Module, machine: Machine) -> Value:
             k.store_vector(k.b.fdiv(k.b.fsub(grey, mean), deviation), k.at(target, x))
 
         k.loop(k.field(record, Field.X_BEGIN), x_end, k.n_lanes, pixels)
-        _pad_right(k, record, target)
+        _pad_right(k, target, x_end)
 
     k.loop(begin, end, 1, row)
     k.b.ret_void()
@@ -146,9 +151,7 @@ def _convolve(module: ir.Module, machine: Machine, blocking: Blocking) -> Value:
         def channels(c: Value) -> None:
             group = k.b.sdiv(c, k.integer(blocking.channels))
             w, bias = k.at(weights, k.b.mul(group, n_weights)), k.at(biases, c)
-            targets = [
-                [k.at(row, k.b.mul(k.b.add(c, k.integer(i)), out.stride)) for i in range(blocking.channels)] for row in written
-            ]
+            targets = _channel_rows(k, out, written, c, blocking.channels)
 
             def columns(x: Value, n_vectors: int) -> None:
                 block = Blocking(n_rows, blocking.channels, n_vectors)
@@ -162,9 +165,8 @@ def _convolve(module: ir.Module, machine: Machine, blocking: Blocking) -> Value:
                     k.store_vector(k.maximum(k.constant(0.0), total), k.at(targets[r][i], x), v * k.n_lanes)  # NaN stays NaN
 
             _in_vectors(k, record, blocking.vectors, columns)
-            for row in targets:
-                for target in row:
-                    _pad_right(k, record, target)
+            for target in chain(*targets):
+                _pad_right(k, target, k.field(record, Field.X_END))
 
         k.loop(k.integer(0), out.n_channels, blocking.channels, channels)
 
@@ -232,7 +234,7 @@ def _pool(module: ir.Module, machine: Machine) -> Value:
                 k.store_vector(k.maximum(k.shuffle(a, b, even), k.shuffle(a, b, odd)), k.at(target, x))
 
             k.loop(k.field(record, Field.X_BEGIN), k.field(record, Field.X_END), k.n_lanes, pixels)
-            _pad_right(k, record, target)
+            _pad_right(k, target, k.field(record, Field.X_END))
 
         k.loop(k.integer(0), out.n_channels, 1, channel)
 
@@ -259,10 +261,7 @@ def _upsample(module: ir.Module, machine: Machine, blocking: Blocking) -> Value:
             group = k.b.sdiv(c, k.integer(blocking.channels))
             w = k.at(weights, k.b.mul(group, k.b.mul(coarse.n_channels, k.integer(n))))
             bias = [k.splat(k.load(k.at(biases, k.b.add(c, k.integer(i))), F32)) for i in range(blocking.channels)]
-            targets = [
-                [k.at(fine, k.b.mul(k.b.add(c, k.integer(i)), out.stride)) for i in range(blocking.channels)]
-                for fine in written
-            ]
+            targets = _channel_rows(k, out, written, c, blocking.channels)
 
             def columns(x: Value, n_vectors: int) -> None:
                 begins = [bias[i] for _, i, _, _ in _quads(blocking, n_vectors)]
@@ -284,9 +283,8 @@ def _upsample(module: ir.Module, machine: Machine, blocking: Blocking) -> Value:
                         k.store_vector(together, target, (2 * v + half) * n_lanes)
 
             _in_vectors(k, record, blocking.vectors, columns)
-            for target in (*targets[0], *targets[1]):
-                fine_end = k.b.mul(k.field(record, Field.X_END), k.integer(2))
-                k.b.store(ir.Constant(F32, 0.0), k.at(target, fine_end), align=4)
+            for target in chain(*targets):
+                _pad_right(k, target, k.b.mul(k.field(record, Field.X_END), k.integer(2)))
 
         k.loop(k.integer(0), out.n_channels, blocking.channels, channels)
 
