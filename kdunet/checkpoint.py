@@ -58,7 +58,7 @@ def save_network(path: Path, network: UNet, about: Mapping[str, Any], *, dtype: 
     tensors = network.state_dict()
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    save_tensors(path, tensors, {**about, "architecture": {"kind": "unet", "width": network.width, "levels": network.n_levels}})
+    save_tensors(path, tensors, {**about, "architecture": network.architecture})
 
 
 def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
@@ -69,7 +69,7 @@ def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
     file = path / NETWORK_FILE if path.is_dir() else path
     tensors, about = load_tensors(file)
     try:
-        network = UNet(about["architecture"]["width"], n_levels=about["architecture"]["levels"])
+        network = UNet.of(about["architecture"])
         network.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
     except (KeyError, RuntimeError, TypeError) as exc:
         raise TrainingError(f"{file} holds no k-Unet that this version can build ({exc}); train or export it again.") from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdunet.augment import changed_grey_values, warped_crop
 from kdunet.config import AugmentConfig, DataConfig, Slab
+from kdunet.losses import IGNORED
 from kdunet_infer.errors import ConfigError, VolumeError, VolumeNotFound
 
 UInt8Array = npt.NDArray[np.uint8]
+
+PROBABILITY_LIMITS = 1e-3, 1 - 1e-3
+"""Stored probabilities are cut to these before their margin is taken: 8 bits know no better, and 0 has no margin."""
 
 
 class Batch(NamedTuple):
@@ -28,20 +33,31 @@ class Batch(NamedTuple):
     images: Tensor
     """(n, 1, y, x) float32, 0 to 255."""
     labels: Tensor
-    """(n, y, x) int64, 0 or 1."""
+    """(n, y, x) uint8: 0, 1, or IGNORED."""
+    taught: Tensor | None
+    """A teacher's stored margins for these very crops, (n, y, x) float32; None where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """A slab of slices with its truth, both (z, y, x) uint8; truth 0 or 1."""
+    """A slab of slices with its truth, both (z, y, x) uint8; truth 0, 1, or IGNORED where nobody annotated."""
 
     images: UInt8Array
     truth: UInt8Array
+    probabilities: npt.NDArray[np.float32] | None = None
+    """A teacher's stored foreground probabilities, (z, y, x), 0 to 1."""
 
     @property
     def foreground_fraction(self) -> float:
-        """Share of the voxels that are foreground."""
-        return float(self.truth.mean(dtype=np.float64))
+        """Share of the annotated voxels that are foreground."""
+        background, foreground = (int((self.truth == value).sum()) for value in (0, 1))
+        return foreground / max(1, background + foreground)
+
+    def slab(self, slices: Slab) -> Annotated:
+        """The slices begin to end of it, half-open."""
+        cut = slice(*slices)
+        probabilities = None if self.probabilities is None else self.probabilities[cut]
+        return Annotated(self.images[cut], self.truth[cut], probabilities)
 
     @property
     def intensity(self) -> tuple[float, float]:
@@ -52,23 +68,61 @@ class Annotated:
 def load_annotated(config: DataConfig) -> tuple[Annotated, Annotated]:
     """The training and the validation slab.
 
-    Raises VolumeError for files that cannot be read or do not fit each other, ConfigError for slabs that are not in the
-    volume or overlap.
+    Raises VolumeError for files that cannot be read or do not fit each other and for labels that are not binary, ConfigError
+    for slabs that are not in the volume or overlap.
     """
-    images: npt.NDArray[Any] = _read_stack(config.images, "--images")
-    labels = _read_stack(config.labels, "--labels")
+    whole = read_annotated(config.images, config.labels, foreground=config.foreground, ignore=config.ignore)
+    if config.probabilities:
+        whole = dataclasses.replace(whole, probabilities=_read_probabilities(config.probabilities, whole.images.shape))
+    train, validation = slabs(config, n_slices=len(whole.images))
+    if not (whole.truth[slice(*train)] == 1).any():
+        raise VolumeError(f"{config.labels} has no foreground in slices {train[0]} to {train[1] - 1}; check the labels.")
+    return whole.slab(train), whole.slab(validation)
+
+
+def read_annotated(
+    images_path: str, labels_path: str, *, foreground: int | None = None, ignore: int | None = None
+) -> Annotated:
+    """A volume and its truth. Raises VolumeError and ConfigError as `load_annotated`."""
+    images: npt.NDArray[Any] = _read_stack(images_path, "--images")
+    labels = _read_stack(labels_path, "--labels")
     if images.shape != labels.shape:
         raise VolumeError(
-            f"{config.images} has shape {images.shape} and {config.labels} {labels.shape}; give labels of the same slices."
+            f"{images_path} has shape {images.shape} and {labels_path} {labels.shape}; give labels of the same slices."
         )
     if images.dtype != np.uint8:
-        raise VolumeError(f"{config.images} is {images.dtype}; training reads uint8, so convert it first.")
-    truth = (labels != 0 if config.foreground is None else labels == config.foreground).astype(np.uint8)
-    train, validation = slabs(config, n_slices=len(images))
-    slab = Annotated(images[slice(*train)], truth[slice(*train)])
-    if not slab.truth.any():
-        raise VolumeError(f"{config.labels} has no foreground in slices {train[0]} to {train[1] - 1}; check the labels.")
-    return slab, Annotated(images[slice(*validation)], truth[slice(*validation)])
+        raise VolumeError(f"{images_path} is {images.dtype}; training reads uint8, so convert it first.")
+    if foreground is None:
+        foreground = _only_foreground(labels, labels_path, ignore)
+    truth = (labels == foreground).astype(np.uint8)
+    if ignore is not None:
+        truth[labels == ignore] = IGNORED
+    return Annotated(images, truth)
+
+
+def _only_foreground(labels: npt.NDArray[np.generic], path: str, ignore: int | None) -> int:
+    found = [int(value) for value in np.unique(labels) if value not in (0, ignore)]
+    if len(found) > 1:
+        some = ", ".join(str(value) for value in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise VolumeError(
+            f"{path} holds the values {some} beside 0, so it is not binary; name the foreground with --foreground VALUE "
+            "or the voxels nobody annotated with --ignore VALUE."
+        )
+    return found[0] if found else 1
+
+
+def _read_probabilities(path: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    stored = _read_stack(path, "--probabilities")
+    if stored.shape != shape:
+        raise VolumeError(f"{path} has shape {stored.shape} and the images {shape}; give probabilities of the same slices.")
+    if stored.dtype == np.uint8:
+        return stored.astype(np.float32) / np.float32(255)
+    probabilities = stored.astype(np.float32)
+    if not (probabilities.min() >= 0 and probabilities.max() <= 1):
+        raise VolumeError(
+            f"{path} holds values from {probabilities.min():g} to {probabilities.max():g}; probabilities are 0 to 1, or uint8."
+        )
+    return probabilities
 
 
 def slabs(config: DataConfig, *, n_slices: int) -> tuple[Slab, Slab]:
@@ -86,32 +140,62 @@ def slabs(config: DataConfig, *, n_slices: int) -> tuple[Slab, Slab]:
     return train, validation
 
 
-class CropDataset(Dataset[Batch]):
-    """Batches by step: `dataset[step]` is the same whenever and wherever it is asked for."""
+class BatchDataset(Dataset[Batch]):
+    """Batches by step: `dataset[step]` is the same whenever and wherever it is asked for.
 
-    def __init__(self, slab: Annotated, config: DataConfig, augment: AugmentConfig, *, seed: int, rank: int = 0) -> None:
+    Crop i of a step's whole batch depends on (seed, step, i) alone; of `n_ranks` processes each makes its own share.
+    """
+
+    def __init__(self, batch: int, *, seed: int, rank: int = 0, n_ranks: int = 1) -> None:
+        if batch % n_ranks:
+            raise ConfigError(f"data.batch is {batch}, which {n_ranks} devices cannot share equally; choose a multiple.")
+        share = batch // n_ranks
+        self.seed, self.share = seed, range(rank * share, (rank + 1) * share)
+
+    def __getitem__(self, step: int) -> Batch:
+        crops = [self.crop(np.random.default_rng((self.seed, step, index))) for index in self.share]
+        images, labels, taught = zip(*crops, strict=True)
+        return Batch(torch.stack(images)[:, None], torch.stack(labels), None if taught[0] is None else torch.stack(taught))
+
+    def crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A random crop: image (y, x) float32, labels (y, x) uint8, taught margins (y, x) float32 or None."""
+        raise NotImplementedError
+
+
+class CropDataset(BatchDataset):
+    """New crops of a slab at every step, warped and with changed grey values."""
+
+    def __init__(
+        self, slab: Annotated, config: DataConfig, augment: AugmentConfig, *, seed: int, rank: int = 0, n_ranks: int = 1
+    ) -> None:
+        super().__init__(config.batch, seed=seed, rank=rank, n_ranks=n_ranks)
         if min(slab.images.shape[1:]) < config.crop:
             raise ConfigError(f"data.crop is {config.crop} and a slice {slab.images.shape[1:]}; choose a smaller crop.")
         self.images, self.truth = torch.from_numpy(slab.images), torch.from_numpy(slab.truth)
-        self.config, self.augment, self.seed, self.rank = config, augment, seed, rank
+        self.probabilities = None if slab.probabilities is None else torch.from_numpy(slab.probabilities)
+        self.config, self.augment = config, augment
 
-    def __getitem__(self, step: int) -> Batch:
-        rng = np.random.default_rng((self.seed, self.rank, step))
-        crops = [self._crop(rng) for _ in range(self.config.batch)]
-        images, labels = zip(*crops, strict=True)
-        return Batch(torch.stack(images)[:, None], torch.stack(labels))
+    def crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A crop anywhere in the slab."""
+        image, labels, taught = self.warped(rng)
+        return changed_grey_values(image, self.augment, rng), labels, taught
 
-    def _crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def warped(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same with the grey values as they are."""
         n_slices, height, width = self.images.shape
         size = self.config.crop
         z, y, x = (int(rng.integers(0, limit)) for limit in (n_slices, height - size + 1, width - size + 1))
-        image, mask = warped_crop(self.images[z], self.truth[z], (y, x), size, self.augment, rng)
-        return changed_grey_values(image, self.augment, rng), mask
+        planes = [self.images[z], self.truth[z] == 1, self.truth[z] == IGNORED]
+        if self.probabilities is not None:
+            planes.append(self.probabilities[z])
+        image, foreground, ignored, *stored = warped_crop(planes, (y, x), size, self.augment, rng)
+        labels = (foreground >= 0.5).byte()
+        labels[ignored >= 0.5] = IGNORED
+        return image, labels, stored[0].clamp(*PROBABILITY_LIMITS).logit() if stored else None
 
 
-def batches(dataset: CropDataset, steps: Iterable[int]) -> Iterator[Batch]:
+def batches(dataset: BatchDataset, steps: Iterable[int], *, workers: int) -> Iterator[Batch]:
     """Batches of the given steps in order, prepared ahead by worker processes so that the network never waits for data."""
-    workers = dataset.config.workers
     loader: DataLoader[Batch] = DataLoader(
         dataset,
         batch_size=None,

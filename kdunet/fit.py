@@ -1,28 +1,25 @@
 """The one training loop: plain training is distillation without a teacher.
 
-Device, precision and multi-GPU come from Lightning Fabric. A run can stop at any step and go on to the same bits.
+Device, precision, processes and nodes come from Lightning Fabric. A run can stop at any step and go on to the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdunet import losses
+from kdunet.bank import training_batches
 from kdunet.checkpoint import (
     NETWORK_FILE,
     load_network,
@@ -33,11 +30,16 @@ from kdunet.checkpoint import (
     training_state,
     write_whole,
 )
+from kdunet.collapse import Collapse, CollapseWatch
 from kdunet.config import LossConfig, OptimConfig, RunConfig
-from kdunet.data import Annotated, Batch, CropDataset, batches, load_annotated
-from kdunet.evaluate import Validation, validate
+from kdunet.data import Annotated, Batch, batches, load_annotated, read_annotated
+from kdunet.evaluate import Validation, mean_cross_entropy, validate
+from kdunet.interrupts import stop_requests
+from kdunet.measures import EXAMPLES_FILE, RESULT_FILE, UNSEEN_FILE, UnseenLog
+from kdunet.records import Metrics
+from kdunet.teachers import Teacher, load_teacher
 from kdunet.unet import UNet
-from kdunet_infer.errors import TrainingError
+from kdunet_infer.errors import ConfigError, TrainingError
 
 try:
     from lightning_fabric import Fabric
@@ -46,10 +48,13 @@ except ModuleNotFoundError:  # some machines have the umbrella package only; the
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "config.toml"
-RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.csv"
+BEFORE_THE_FIRST_STEP = {CONFIG_FILE, METRICS_FILE, EXAMPLES_FILE, UNSEEN_FILE, "tensorboard"}
+"""What a run that died before its first checkpoint leaves; such a folder can be used again."""
 LOG_EVERY = 50
 """Steps between rows of the metrics file."""
+MAX_RESTARTS = 5
+"""With other weights, after collapses; what has failed six times fails for another reason than its weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +62,19 @@ class FitResult:
     """How a call of `fit` ended."""
 
     step: int
-    """Steps done since the run began."""
+    """Steps done since the run began, or began again."""
     finished: bool
-    """False where it stopped early and can go on."""
+    """False where it stopped early."""
     stopped_by: str
-    """"", "time", or the name of a signal."""
+    """"", "time", "collapse", or the name of a signal; after a collapse alone it cannot go on."""
     best: Validation | None
     """The validation of the saved network; None before the first one."""
+    collapse: Collapse | None
+    """What the watch saw first, since the run began or began again; None where the network never was a constant."""
+    n_restarts: int
+    """How often the run began again with other weights."""
+    is_global_zero: bool = True
+    """Whether this process is the one that writes and reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,51 +91,77 @@ def fit(
     config: RunConfig,
     out: Path,
     *,
+    teacher: Teacher | None = None,
     max_minutes: float | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> FitResult:
-    """Train the network that `config` describes, with its teacher if it names one; go on if `out` holds an unfinished run.
+    """Train the network that `config` describes, with its teachers if it names any; go on if `out` holds an unfinished run.
 
-    Writes to `out`: the merged configuration, metrics as CSV (and TensorBoard if installed), the checkpoint, the averaged
-    network with the best validation IoU, and the result once finished.
+    `teacher` stands in for those that the configuration names. Writes to `out`: the merged configuration, metrics as CSV (and
+    TensorBoard if installed), the checkpoint, the averaged network with the best validation IoU, and the result once ended.
 
     Raises ConfigError, VolumeError and TrainingError before the first step for what cannot work; TrainingError naming the
     step where the loss stops being finite, the last checkpoint untouched.
     """
-    _prepare(config, out)
-    train, validation = load_annotated(config.data)
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=cast(Any, config.optim.precision))
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        precision=cast(Any, config.optim.precision),
+    )
     fabric.launch()
-    run = _Run(config, out, fabric, train)
+    if fabric.is_global_zero:
+        _prepare(config, out)
+    fabric.barrier()
+    train, validation = load_annotated(config.data)
+    run = _Run(config, out, fabric, train, teacher)
+    unseen = _load_unseen(config)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-    dataset = CropDataset(train, config.data, config.augment, seed=config.seed, rank=fabric.global_rank)
-    with _stop_requests() as stop, Metrics(out / METRICS_FILE, from_step=run.step) as metrics:
-        wait_s, row_began = 0.0, time.monotonic()
-        stream = batches(dataset, range(run.step, config.optim.steps))
-        while run.step < config.optim.steps and not stop and time.monotonic() < deadline:
+    dataset = training_batches(config, train, rank=fabric.global_rank, n_ranks=fabric.world_size)
+    n_steps, stopped_by = config.optim.steps, ""
+    records = _Logs(out, from_step=run.step) if fabric.is_global_zero else contextlib.nullcontext()
+    with stop_requests() as stop, records as logs:
+        if config.start and run.step == 0 and logs:
+            # what the run began with is kept unless it gets better
+            logs.add_validation(0, run.validate_and_keep_best(validation))
+        stream = batches(dataset, range(run.step, n_steps), workers=config.data.workers)
+        while run.step < n_steps and not (stopped_by := _agreed(fabric, stop, deadline)):
             asked = time.monotonic()
             batch = next(stream)
-            wait_s += time.monotonic() - asked
-            terms = run.train_step(batch)
-            if run.step % LOG_EVERY == 0:
-                now = time.monotonic()
-                metrics.add(run.step, {**terms, "data_wait": wait_s / (now - row_began), "seconds": now - row_began})
-                wait_s, row_began = 0.0, now
-            if run.step % config.validate_every == 0 or run.step == config.optim.steps:
-                metrics.add(run.step, asdict(run.validate_and_keep_best(validation)))
+            waited = time.monotonic() - asked
+            measured, of_crops = run.train_step(batch)
+            if logs:
+                logs.add_step(run.step, measured, of_crops, waited)
+                if unseen and run.step % config.unseen.every == 0:
+                    logs.unseen.add(run.step, mean_cross_entropy(run.averaged_network, unseen, device=fabric.device))
+            if run.step % config.validate_every == 0 or run.step == n_steps:
+                if logs:
+                    logs.add_validation(run.step, run.validate_and_keep_best(validation))
+                    logs.sync()
                 run.save_checkpoint()
-                wait_s, row_began = 0.0, time.monotonic()  # validation is not training time
-            progress(Progress(run.step, config.optim.steps, terms["loss"], run.last))
-    finished = run.step == config.optim.steps
+            if logs:
+                progress(Progress(run.step, n_steps, measured["loss"], run.last))
+            if run.collapse and config.on_collapse != "ignore":
+                if config.on_collapse == "stop" or run.n_restarts == MAX_RESTARTS:
+                    stopped_by = "collapse"
+                    break
+                run.restart()
+                stream = batches(dataset, range(n_steps), workers=config.data.workers)
+                if logs:
+                    logs.begin_again()
+    finished = run.step == n_steps and not stopped_by
     if not finished:
         run.save_checkpoint()
     result = FitResult(
         step=run.step,
         finished=finished,
-        stopped_by="" if finished else (stop[0] if stop else "time"),
+        stopped_by=stopped_by,
         best=run.best,
+        collapse=run.collapse,
+        n_restarts=run.n_restarts,
+        is_global_zero=fabric.is_global_zero,
     )
-    if finished and fabric.is_global_zero:
+    if (finished or stopped_by == "collapse") and fabric.is_global_zero:
         write_whole(out / RESULT_FILE, (json.dumps(asdict(result), indent=1) + "\n").encode())
     return result
 
@@ -132,30 +169,43 @@ def fit(
 class _Run:
     """The state of a run: networks, optimiser, step; each method is one thing that happens to it."""
 
-    def __init__(self, config: RunConfig, out: Path, fabric: Any, train: Annotated) -> None:
+    def __init__(self, config: RunConfig, out: Path, fabric: Any, train: Annotated, teacher: Teacher | None) -> None:
         self.config, self.out, self.fabric = config, out, fabric
-        fabric.seed_everything(config.seed, verbose=False)
-        self.student = _channels_last(UNet(config.width, intensity=train.intensity))
+        self.intensity = train.intensity
+        self.student = self._new_student(config.seed)
         optimizer = torch.optim.AdamW(self.student.parameters(), weight_decay=config.optim.weight_decay)
         self.network, self.optimizer = fabric.setup(self.student, optimizer)
-        average = get_ema_multi_avg_fn(config.optim.ema_decay)  # type: ignore[no-untyped-call]
-        self.averaged = AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
-        self.teacher = self._load_teacher()
+        self.averaged = self._new_average()
+        self.pool = losses.alone if fabric.world_size == 1 else losses.over_processes
         self.class_weights = losses.class_weights(config.loss.class_weights, train.foreground_fraction)
+        self.teacher = teacher or load_teacher(config, fabric.device)
+        if config.loss.soft_weight and not (self.teacher or config.data.bank or config.data.probabilities):
+            raise TrainingError(
+                f"soft_weight is {config.loss.soft_weight} and there is no teacher; name one with --teacher, or a bank "
+                "that was taught with --bank."
+            )
         self.about = {"foreground_fraction": train.foreground_fraction, "class_weights": self.class_weights}
-        self.step, self.best, self.last = 0, None, None  # type: int, Validation | None, Validation | None
+        self.watch = CollapseWatch(self.class_weights)
+        self.step, self.n_restarts = 0, 0
+        self.best, self.last, self.collapse = None, None, None  # type: Validation | None, Validation | None, Collapse | None
         if (out / CHECKPOINT_FILE).exists():
             self._resume()
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
-        """One step of the optimiser; returns the loss, its terms, the gradient's norm and the learning rate."""
-        images, labels = self.fabric.to_device(tuple(batch))
-        images = images.contiguous(memory_format=torch.channels_last)
+    @property
+    def averaged_network(self) -> UNet:
+        """What is validated, saved and exported, in evaluation mode."""
+        return cast(UNet, self.averaged.module.eval())
+
+    def train_step(self, batch: Batch) -> tuple[dict[str, float], list[float]]:
+        """One step of the optimiser; returns what it measured by name, and the cross-entropy of each crop."""
+        images, labels = (self.fabric.to_device(tensor) for tensor in (batch.images, batch.labels))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config.optim)
-        self.network.train()
+        self._set_training()
+        margins = losses.margin(self.network(images))
+        weights = losses.pixel_weights(labels, self.class_weights)
         terms = loss_terms(
-            self.network(images), self._teach(images), labels, config=self.config.loss, class_weights=self.class_weights
+            margins, self._taught(batch, images), labels, weights, config=self._loss_of_this_step(), pool=self.pool
         )
         loss = sum(terms.values(), start=torch.zeros((), device=labels.device))
         self._refuse_not_finite("loss", loss.item())
@@ -168,53 +218,110 @@ class _Run:
         self.optimizer.step()
         self.averaged.update_parameters(self.student)
         self.step += 1
-        measured = {name: value.item() for name, value in terms.items()}
-        rate = self.optimizer.param_groups[0]["lr"]  # as the optimiser used it
-        return {"loss": loss.item(), **measured, "gradient_norm": float(norm), "learning_rate": rate}
+        seen = losses.batch_statistics(margins.detach(), labels, weights, pool=self.pool)
+        self.watch.add(
+            cross_entropy=seen.weighted_cross_entropy,
+            foreground_fraction=seen.foreground_fraction,
+            deviation=seen.deviation,
+        )
+        self.collapse = self.collapse or self.watch.collapsed
+        measured = {
+            "loss": loss.item(),
+            **{name: value.item() for name, value in terms.items()},
+            "deviation": seen.deviation,
+            "gradient_norm": float(norm),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],  # as the optimiser used it
+        }
+        return measured, seen.cross_entropies
 
     def validate_and_keep_best(self, slab: Annotated) -> Validation:
         """Validate the averaged network and save it if it is the best so far."""
-        network = cast(UNet, self.averaged.module.eval())
         autocast = torch.bfloat16 if self.config.optim.precision == "bf16-mixed" else None
-        self.last = validate(network, slab, device=self.fabric.device, autocast=autocast)
+        self.last = validate(self.averaged_network, slab, device=self.fabric.device, autocast=autocast)
         if self.best is None or self.last.iou > self.best.iou:
             self.best = self.last
             if self.fabric.is_global_zero:
                 about = {**self.about, "step": self.step, "validation": asdict(self.best)}
-                save_network(self.out / NETWORK_FILE, network, about)
+                save_network(self.out / NETWORK_FILE, self.averaged_network, about)
         return self.last
 
     def save_checkpoint(self) -> None:
         """Everything the next step depends on, in one file."""
         if self.fabric.is_global_zero:
-            about = {"step": self.step, "best": None if self.best is None else asdict(self.best)}
+            about = {
+                "step": self.step,
+                "best": None if self.best is None else asdict(self.best),
+                "watch": self.watch.state(),
+                "collapse": None if self.collapse is None else asdict(self.collapse),
+                "n_restarts": self.n_restarts,
+            }
             state = training_state(self.student, self.averaged, self.optimizer.optimizer)
             save_tensors(self.out / CHECKPOINT_FILE, state, about)
         self.fabric.barrier()
 
+    def restart(self) -> None:
+        """Begin again with other weights; the crops stay the same."""
+        self.n_restarts += 1
+        seed = self.config.seed + 1_000_003 * self.n_restarts  # far from the seeds of other runs
+        self.student.load_state_dict(self._new_student(seed).state_dict())
+        self.averaged = self._new_average()
+        self.optimizer.optimizer.state.clear()
+        self.watch = CollapseWatch(self.class_weights)
+        self.step, self.best, self.last, self.collapse = 0, None, None, None
+        self.save_checkpoint()
+
+    def _new_student(self, seed: int) -> UNet:
+        self.fabric.seed_everything(seed, verbose=False)
+        config = self.config
+        student = UNet(config.width, intensity=self.intensity, batch_norm=config.batch_norm, init=config.init)
+        if config.start:
+            start, _ = load_network(Path(config.start))
+            if start.architecture != student.architecture:
+                raise TrainingError(
+                    f"{config.start} holds {start.architecture}, the configuration asks for {student.architecture}; "
+                    "set width and batch_norm to those of the network to start from."
+                )
+            student.load_state_dict(start.state_dict())
+        return cast(UNet, student.to(self.fabric.device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+
+    def _new_average(self) -> AveragedModel:
+        average = get_ema_multi_avg_fn(self.config.optim.ema_decay)  # type: ignore[no-untyped-call]
+        return AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
+
+    def _set_training(self) -> None:
+        self.network.train()
+        if self.config.optim.freeze_batch_norm:
+            for module in self.student.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+
+    def _loss_of_this_step(self) -> LossConfig:
+        """The configured loss, or the half of it that counts now where the teacher comes first and the labels after."""
+        config = self.config.loss
+        if not config.soft_first:
+            return config
+        if self.step < round(config.soft_first * self.config.optim.steps):
+            return replace(config, hard_weight=0.0, dice_weight=0.0)
+        return replace(config, soft_weight=0.0)
+
+    def _taught(self, batch: Batch, images: Tensor) -> Tensor | None:
+        """The teacher's margins: stored with the crops, or its answer to the same augmented crops."""
+        if not self.config.loss.soft_weight:
+            return None
+        if batch.taught is not None:
+            return cast(Tensor, self.fabric.to_device(batch.taught))
+        if self.teacher is None:
+            raise TrainingError(f"soft_weight is {self.config.loss.soft_weight} and {self.config.data.bank} was not taught.")
+        with torch.no_grad(), self.fabric.autocast():
+            return self.teacher(images)
+
     def _resume(self) -> None:
         tensors, about = load_tensors(self.out / CHECKPOINT_FILE)
         restore_training_state(tensors, self.student, self.averaged, self.optimizer.optimizer)
-        self.step = about["step"]
+        self.step, self.n_restarts = about["step"], about["n_restarts"]
         self.best = self.last = Validation(**about["best"]) if about["best"] else None
-
-    def _load_teacher(self) -> UNet | None:
-        if not self.config.teacher:
-            if self.config.loss.soft_weight:
-                raise TrainingError(
-                    f"soft_weight is {self.config.loss.soft_weight} and there is no teacher; name one with --teacher."
-                )
-            return None
-        teacher, _ = load_network(Path(self.config.teacher))
-        teacher.requires_grad_(False).to(self.fabric.device)
-        return _channels_last(teacher)
-
-    def _teach(self, images: Tensor) -> Tensor | None:
-        if self.teacher is None:
-            return None
-        with torch.no_grad(), self.fabric.autocast():  # in situ: the same augmented crop
-            logits: Tensor = self.teacher(images)
-            return logits
+        self.watch.restore(about["watch"])
+        self.collapse = Collapse(**about["collapse"]) if about["collapse"] else None
 
     def _refuse_not_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
@@ -225,27 +332,26 @@ class _Run:
             )
 
 
-def _channels_last(network: UNet) -> UNet:
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # missing in the stubs
-
-
 def loss_terms(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor,
+    weights: Tensor,
     *,
     config: LossConfig,
-    class_weights: tuple[float, float],
+    pool: losses.Pool = losses.alone,
 ) -> dict[str, Tensor]:
-    """The weighted terms of the loss that count, by name; their sum is the loss."""
-    weights = losses.pixel_weights(labels, class_weights)
+    """The weighted terms of the loss that count, by name; their sum is the loss. Margins, labels and weights (n, y, x)."""
     terms = {}
     if config.hard_weight:
-        terms["hard"] = config.hard_weight * losses.hard_loss(student, labels, weights)
+        terms["hard"] = config.hard_weight * losses.hard_loss(student, labels, weights, pool=pool)
     if config.soft_weight and teacher is not None:
-        terms["soft"] = config.soft_weight * losses.soft_loss(student, teacher, weights, temperature=config.temperature)
+        soft = losses.soft_loss(
+            student, teacher, weights, temperature=config.temperature, divergence=config.divergence, pool=pool
+        )
+        terms["soft"] = config.soft_weight * soft
     if config.dice_weight:
-        terms["dice"] = config.dice_weight * losses.soft_dice_loss(student, labels)
+        terms["dice"] = config.dice_weight * losses.soft_dice_loss(student, labels, pool=pool)
     return terms
 
 
@@ -258,43 +364,68 @@ def learning_rate(step: int, config: OptimConfig) -> float:
     return config.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
 
-class Metrics:
-    """Rows of (step, name, value) appended to a CSV file, and to TensorBoard where it is installed."""
+class _Logs:
+    """The files that a run appends to: metrics for people, the report's two curves, which nothing reads before it ends."""
 
-    def __init__(self, path: Path, *, from_step: int) -> None:
-        rows = _rows_until(path, from_step)  # a stopped run may have logged steps that its checkpoint does not hold
-        self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file)
-        self._writer.writerows([("step", "name", "value"), *rows])
-        try:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, out: Path, *, from_step: int) -> None:
+        self.out = out
+        self._open(from_step)
 
-            self._board: Any = SummaryWriter(path.parent / "tensorboard", purge_step=from_step)
-        except ModuleNotFoundError:
-            self._board = None
+    def _open(self, from_step: int) -> None:
+        self.metrics = Metrics(self.out / METRICS_FILE, from_step=from_step)
+        self.examples = UnseenLog(self.out / EXAMPLES_FILE, from_step=from_step)
+        self.unseen = UnseenLog(self.out / UNSEEN_FILE, from_step=from_step)
+        self._waited, self._row_began = 0.0, time.monotonic()
 
-    def add(self, step: int, values: dict[str, float]) -> None:
-        """Append one row a value; on disk when it returns."""
-        for name, value in values.items():
-            self._writer.writerow((step, name, f"{value:.6g}"))
-            if self._board is not None:
-                self._board.add_scalar(name, value, step)
-        self._file.flush()
+    def add_step(self, step: int, measured: dict[str, float], cross_entropies: list[float], waited: float) -> None:
+        self._waited += waited
+        self.examples.add(step, *cross_entropies)
+        if step % LOG_EVERY == 0:
+            seconds = time.monotonic() - self._row_began
+            self.metrics.add(step, {**measured, "data_wait": self._waited / seconds, "seconds": seconds})
+            self._waited, self._row_began = 0.0, time.monotonic()
 
-    def __enter__(self) -> Metrics:
+    def add_validation(self, step: int, validation: Validation) -> None:
+        self.metrics.add(step, asdict(validation))
+        self._waited, self._row_began = 0.0, time.monotonic()  # validation is not training time
+
+    def sync(self) -> None:
+        self.examples.sync()
+        self.unseen.sync()
+
+    def begin_again(self) -> None:
+        self.__exit__()
+        self._open(from_step=0)
+
+    def __enter__(self) -> _Logs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for log in (self.metrics, self.examples, self.unseen):
+            log.close()
 
 
-def _rows_until(path: Path, step: int) -> list[list[str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) <= step]
+def _load_unseen(config: RunConfig) -> Annotated | None:
+    if not config.unseen.images:
+        return None
+    whole = read_annotated(
+        config.unseen.images, config.unseen.labels, foreground=config.data.foreground, ignore=config.data.ignore
+    )
+    begin, end = config.unseen.slices or (0, len(whole.images))
+    if not 0 <= begin < end <= len(whole.images):
+        raise ConfigError(f"unseen.slices is {begin} to {end}; {config.unseen.images} has slices 0 to {len(whole.images)}.")
+    looked_at = slice(begin, end, config.unseen.stride)
+    return Annotated(whole.images[looked_at], whole.truth[looked_at])
+
+
+def _agreed(fabric: Any, stop: list[str], deadline: float) -> str:
+    """Why all processes stop before this step, or "": one that is told takes the others along."""
+    reason = stop[0] if stop else "time" if time.monotonic() >= deadline else ""
+    if fabric.world_size == 1:
+        return reason
+    reasons = [""] * fabric.world_size
+    torch.distributed.all_gather_object(reasons, reason)
+    return next(filter(None, reasons), "")
 
 
 def _prepare(config: RunConfig, out: Path) -> None:
@@ -303,28 +434,7 @@ def _prepare(config: RunConfig, out: Path) -> None:
     if (out / CHECKPOINT_FILE).exists():
         if changed := RunConfig.from_toml(out / CONFIG_FILE).differences(config):
             raise TrainingError(f"{out} holds a run with another configuration ({changed[0]}); give another --out.")
-    elif out.exists() and (not out.is_dir() or any(path.name != CONFIG_FILE for path in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name not in BEFORE_THE_FIRST_STEP for path in out.iterdir())):
         raise TrainingError(f"{out} exists and holds no training run; give another --out.")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / CONFIG_FILE, config.to_toml().encode())
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list that gets the name of a signal; a second Ctrl-C interrupts at once. Only the main thread can catch signals."""
-    caught: list[str] = []
-
-    def remember(number: int, _: FrameType | None) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

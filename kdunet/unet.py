@@ -9,6 +9,9 @@ No layer's statistics depend on the tile (no InstanceNorm, no global pooling): t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +24,13 @@ N_CLASSES = 2
 class DoubleConv(nn.Sequential):
     """(3x3 convolution with bias, batch normalisation, ReLU) twice: (n, n_in, y, x) -> (n, n_out, y, x)."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_out: int, *, batch_norm: bool = True) -> None:
         super().__init__(
             nn.Conv2d(n_in, n_out, 3, padding=1),
-            nn.BatchNorm2d(n_out),
+            nn.BatchNorm2d(n_out) if batch_norm else nn.Identity(),
             nn.ReLU(inplace=True),
             nn.Conv2d(n_out, n_out, 3, padding=1),
-            nn.BatchNorm2d(n_out),
+            nn.BatchNorm2d(n_out) if batch_norm else nn.Identity(),
             nn.ReLU(inplace=True),
         )
 
@@ -36,25 +39,49 @@ class UNet(nn.Module):
     """Images (n, 1, y, x) on their uint8 scale -> logits (n, 2, y, x); y and x multiples of `stride`.
 
     The network subtracts and divides by its own intensity constants, so that teacher and student can share a crop.
+
+    `batch_norm` is "both", "decoder" or "none": the published counts need it on both paths, the EPFL report's text says the
+    expansive path, its first experiments have none. `init` is "he-normal" or "torch", PyTorch's own.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, width: int, *, n_levels: int = N_LEVELS, intensity: tuple[float, float] = (0.0, 1.0)) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        n_levels: int = N_LEVELS,
+        intensity: tuple[float, float] = (0.0, 1.0),
+        batch_norm: str = "both",
+        init: str = "he-normal",
+    ) -> None:
         super().__init__()
         if width < 1:
             raise ConfigError(f"width is {width}; a k-Unet needs a width of at least 1, such as --width 2.")
-        self.width, self.n_levels = width, n_levels
+        self.width, self.n_levels, self.batch_norm = width, n_levels, batch_norm
         widths = [width * 2**level for level in range(n_levels)]
-        self.encoder = nn.ModuleList(DoubleConv(a, b) for a, b in zip([1, *widths], widths, strict=False))
+        down, up = batch_norm == "both", batch_norm != "none"
+        self.encoder = nn.ModuleList(DoubleConv(a, b, batch_norm=down) for a, b in zip([1, *widths], widths, strict=False))
         self.pool = nn.MaxPool2d(2)
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in reversed(widths[:-1]))
-        self.decoder = nn.ModuleList(DoubleConv(2 * w, w) for w in reversed(widths[:-1]))
+        self.decoder = nn.ModuleList(DoubleConv(2 * w, w, batch_norm=up) for w in reversed(widths[:-1]))
         self.head = nn.Conv2d(width, N_CLASSES, 1)
         self.register_buffer("mean", torch.tensor(float(intensity[0])))
         self.register_buffer("std", torch.tensor(float(intensity[1])))
-        self.apply(_he_normal)
+        if init == "he-normal":
+            self.apply(_he_normal)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What `UNet.of` needs to build this network again, as JSON."""
+        return {"kind": "unet", "width": self.width, "levels": self.n_levels, "batch_norm": self.batch_norm}
+
+    @classmethod
+    def of(cls, architecture: Mapping[str, Any]) -> UNet:
+        """A network of that architecture, its weights yet to be loaded; KeyError where a part is missing."""
+        batch_norm = architecture.get("batch_norm", "both")  # the first files did not say
+        return cls(architecture["width"], n_levels=architecture["levels"], batch_norm=batch_norm)
 
     @property
     def stride(self) -> int:

@@ -25,17 +25,17 @@ def _rng() -> np.random.Generator:
 
 def test_no_augmentation_is_the_crop_itself() -> None:
     image, mask = _slice(), _slice(1) % 2
-    crop, cut = warped_crop(image, mask, (20, 31), 64, AugmentConfig.none(), _rng())
+    crop, cut = warped_crop([image, mask], (20, 31), 64, AugmentConfig.none(), _rng())
     torch.testing.assert_close(crop, image[20:84, 31:95].float(), atol=0.02, rtol=0)
-    assert torch.equal(cut, mask[20:84, 31:95].long())
+    assert torch.equal(cut >= 0.5, mask[20:84, 31:95] == 1)
     torch.testing.assert_close(changed_grey_values(crop, AugmentConfig.none(), _rng()), crop)
 
 
 def test_mask_follows_the_image() -> None:
     smooth = torch.nn.functional.avg_pool2d(_slice().float()[None], 9, 1, 4)[0]
     image = (smooth > smooth.median()).to(torch.uint8)
-    crop, cut = warped_crop(image * 255, image, (0, 0), 64, AugmentConfig(), _rng())
-    assert torch.equal(cut, (crop >= 127.5).long())
+    crop, cut = warped_crop([image * 255, image], (0, 0), 64, AugmentConfig(), _rng())
+    assert torch.equal(cut >= 0.5, crop >= 127.5)
 
 
 def test_flips_and_right_angles_are_those_of_numpy() -> None:
@@ -43,7 +43,7 @@ def test_flips_and_right_angles_are_those_of_numpy() -> None:
     config = dataclasses.replace(AugmentConfig.none(), flip=True)
     found = set()
     for seed in range(60):
-        crop, _ = warped_crop(image, image % 2, (20, 31), 32, config, np.random.default_rng(seed))
+        (crop,) = warped_crop([image], (20, 31), 32, config, np.random.default_rng(seed))
         want = image[20:52, 31:63].float().numpy()
         turned = [np.rot90(a, k) for a in (want, want[:, ::-1]) for k in range(4)]
         found |= {index for index, a in enumerate(turned) if np.abs(a - crop.numpy()).max() < 0.05}
@@ -72,7 +72,7 @@ def test_elastic_warp_is_smooth_and_as_strong_as_asked() -> None:
 @pytest.mark.parametrize("corner", [(-8, -8), (-40, -50), (110, 130)])
 def test_beyond_the_slice_it_is_mirrored(corner: tuple[int, int]) -> None:
     image = _slice()
-    crop, _ = warped_crop(image, image % 2, corner, 32, AugmentConfig.none(), _rng())
+    (crop,) = warped_crop([image], corner, 32, AugmentConfig.none(), _rng())
     y, x = (64 + begin for begin in corner)
     want = np.pad(image.numpy(), 64, mode="reflect")[y : y + 32, x : x + 32]
     np.testing.assert_allclose(crop.numpy(), want, atol=0.02)

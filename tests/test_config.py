@@ -22,19 +22,19 @@ def _written(config: RunConfig, tmp_path: Path) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     config = RunConfig(
         width=4,
-        teacher='a "quoted" \\ path/ü',
+        teachers=('a "quoted" \\ path/ü', "another"),
         data=DataConfig(images="a.tif", train_slices=(0, 135), foreground=2),
         optim=OptimConfig(learning_rate=1e-5),
-        loss=LossConfig(soft_weight=1.0),
+        loss=LossConfig(soft_weight=1.0, class_weights=(0.5, 3.0)),
     )
     assert RunConfig.from_toml(_written(config, tmp_path)) == config
 
 
 @given(text=st.text(), rate=st.floats(1e-12, 1e3))
 def test_any_string_and_float_survive(text: str, rate: float) -> None:
-    config = RunConfig(teacher=text, optim=OptimConfig(learning_rate=rate))
+    config = RunConfig(teachers=(text,), optim=OptimConfig(learning_rate=rate))
     table = tomllib.loads(config.to_toml())
-    assert table["teacher"] == config.teacher
+    assert table["teachers"] == [text]
     assert table["optim"]["learning_rate"] == rate
 
 
@@ -58,8 +58,8 @@ def test_differences_name_the_key_and_both_values() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("widht = 2", "unknown key 'widht'"),
-        ("[optim]\nstep = 2", "unknown key 'optim.step'"),
+        ("widht = 2", "unknown key 'widht', nearest to 'width'"),
+        ("[optim]\nstep = 2", "unknown key 'optim.step', nearest to 'optim.steps'"),
         ('width = "2"', "width is '2' in the configuration; it must be of type int"),
         ("width = true", "width is True"),
         ("width =", "is not TOML"),
@@ -69,8 +69,22 @@ def test_differences_name_the_key_and_both_values() -> None:
         ("[optim]\nlearning_rate = 0", "learning_rate is 0.0; it must be above 0"),
         ("[optim]\nema_decay = 1", "ema_decay is 1.0"),
         ("[loss]\ntemperature = 0", "temperature is 0.0"),
-        ("[loss]\nhard_weight = -1", "a loss weight is negative"),
+        ("[loss]\nhard_weight = -1", "loss.hard_weight is -1.0; it must be 0 or more"),
+        ("[loss]\nsoft_weight = nan", "loss.soft_weight is nan"),
         ('[loss]\nclass_weights = "some"', "class_weights is 'some'; choose none, inverse or sqrt"),
+        ("[loss]\nclass_weights = [1, 0]", r"class_weights is \[1.0, 0.0\]; both weights must be above 0"),
+        ("[loss]\nclass_weights = [1, 2, 3]", r"class_weights is \[1, 2, 3\].* must be of type str or list of 2 float"),
+        ("[loss]\nsoft_first = 1", "soft_first is 1.0; it is a share of the steps"),
+        ('[loss]\ndivergence = "js"', "divergence is 'js'; choose kl or ce"),
+        ('batch_norm = "encoder"', "batch_norm is 'encoder'; choose both, decoder or none"),
+        ('init = "zeros"', "init is 'zeros'; choose he-normal or torch"),
+        ('on_collapse = "pray"', "on_collapse is 'pray'; choose stop, restart or ignore"),
+        ('teacher_average = "all"', "teacher_average is 'all'; choose none or flips"),
+        ('teachers = "one"', "teachers is 'one' in the configuration; it must be of type list of str"),
+        ("devices = 0", "devices is 0; it must be at least 1"),
+        ("num_nodes = 0", "num_nodes is 0; it must be at least 1"),
+        ("[unseen]\nevery = 0", "unseen.every is 0; it must be at least 1"),
+        ("[unseen]\nstride = 0", "unseen.stride is 0; it must be at least 1"),
         ("[data]\ntrain_slices = [1, 2, 3]", r"data.train_slices is \[1, 2, 3\]"),
     ],
 )

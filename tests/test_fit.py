@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,10 +17,13 @@ import torch
 
 import kdunet.fit
 from kdunet.checkpoint import load_network, load_tensors, save_network
-from kdunet.config import AugmentConfig, DataConfig, OptimConfig, RunConfig
+from kdunet.collapse import Collapse, CollapseWatch
+from kdunet.config import METHODS, AugmentConfig, DataConfig, OptimConfig, RunConfig
 from kdunet.data import CropDataset, batches, load_annotated, slabs
-from kdunet.evaluate import slice_probability, validate
-from kdunet.fit import CHECKPOINT_FILE, CONFIG_FILE, RESULT_FILE, Progress, fit, learning_rate
+from kdunet.evaluate import slice_margin, validate
+from kdunet.fit import CHECKPOINT_FILE, CONFIG_FILE, Progress, fit, learning_rate
+from kdunet.losses import IGNORED
+from kdunet.measures import RESULT_FILE, UnseenLog
 from kdunet.unet import UNet
 from kdunet_infer.errors import ConfigError, TrainingError, VolumeError, VolumeNotFound
 
@@ -89,7 +93,7 @@ def fit_best(run: Path) -> object:
 def test_distillation_resumes_to_the_same_bits(config: RunConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_network(tmp_path / "teacher.safetensors", UNet(2, intensity=(170.0, 30.0)), {})
-    mixed = config.replaced({"teacher": str(tmp_path / "teacher.safetensors"), "loss.soft_weight": 1.0})
+    mixed = config.replaced({"teachers": (str(tmp_path / "teacher.safetensors"),), "loss.soft_weight": 1.0})
     fit(mixed, tmp_path / "whole")
     fit(mixed, tmp_path / "parts", progress=_stop_at(5))
     fit(mixed, tmp_path / "parts")
@@ -99,8 +103,7 @@ def test_distillation_resumes_to_the_same_bits(config: RunConfig, tmp_path: Path
 def test_worker_processes_give_the_same_crops(data: DataConfig) -> None:
     slab, _ = load_annotated(data)
     alone = CropDataset(slab, data, AugmentConfig(), seed=3)
-    helped = CropDataset(slab, dataclasses.replace(data, workers=1), AugmentConfig(), seed=3)
-    for ours, theirs in zip(batches(alone, range(2, 5)), batches(helped, range(2, 5)), strict=True):
+    for ours, theirs in zip(batches(alone, range(2, 5), workers=0), batches(alone, range(2, 5), workers=1), strict=True):
         assert torch.equal(ours.images, theirs.images)
         assert torch.equal(ours.labels, theirs.labels)
     assert not torch.equal(alone[2].images, alone[3].images)
@@ -142,7 +145,7 @@ def test_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(
 ) -> None:
     fit(config, tmp_path / "run", progress=_stop_at(4))
     before = (tmp_path / "run" / CHECKPOINT_FILE).read_bytes()
-    monkeypatch.setattr(kdunet.fit.losses, "soft_dice_loss", lambda logits, labels: logits.sum() * float("nan"))
+    monkeypatch.setattr(kdunet.fit.losses, "soft_dice_loss", lambda margins, labels, **_: margins.sum() * float("nan"))
     with pytest.raises(TrainingError, match="the loss is nan at step 4; the last checkpoint is untouched"):
         fit(config, tmp_path / "run")
     assert (tmp_path / "run" / CHECKPOINT_FILE).read_bytes() == before
@@ -179,16 +182,16 @@ def test_learning_rate_is_one_cycle() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_slice_probability_does_not_depend_on_what_is_beyond_the_slice(data: DataConfig) -> None:
+def test_slice_margin_does_not_depend_on_what_is_beyond_the_slice(data: DataConfig) -> None:
     """Cut out of a larger mirrored picture, the same voxels come out."""
     torch.manual_seed(0)
     network = UNet(1, intensity=(128.0, 50.0)).eval()
     image = np.random.default_rng(0).integers(0, 256, (37, 52), dtype=np.uint8)
     device = torch.device("cpu")
-    found = slice_probability(network, image, device=device)
+    found = slice_margin(network, image, device=device)
     assert found.shape == image.shape
     larger = np.pad(image, 112, mode="reflect")
-    np.testing.assert_allclose(slice_probability(network, larger, device=device)[112:149, 112:164], found, atol=1e-5)
+    np.testing.assert_allclose(slice_margin(network, larger, device=device)[112:149, 112:164], found, atol=1e-5)
 
 
 def test_default_slabs_leave_a_gap() -> None:
@@ -207,7 +210,9 @@ def test_default_slabs_leave_a_gap() -> None:
         ({"data.foreground": 7}, VolumeError, "has no foreground in slices 0 to 7"),
         ({"data.crop": 128}, ConfigError, r"crop is 128 and a slice \(64, 80\)"),
         ({"loss.soft_weight": 1.0}, TrainingError, "soft_weight is 1.0 and there is no teacher"),
-        ({"teacher": "none"}, TrainingError, "there is no file none"),
+        ({"unseen.images": "none.tif"}, VolumeNotFound, "there is no file none.tif"),
+        ({"start": "none"}, TrainingError, "there is no file none"),
+        ({"teachers": ("none",)}, TrainingError, "there is no teacher none; give a run's folder"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -258,3 +263,157 @@ def test_network_survives_half_precision_storage(tmp_path: Path) -> None:
     assert next(loaded.parameters()).dtype == torch.float32
     image = torch.rand(1, 1, 32, 32) * 255
     torch.testing.assert_close(loaded(image), network(image), atol=0.05, rtol=0.05)
+
+
+def _learn_nothing(monkeypatch: pytest.MonkeyPatch, config: RunConfig, **changes: object) -> RunConfig:
+    """A run whose network never becomes more than a constant, watched from its first step."""
+    monkeypatch.setattr(kdunet.fit, "CollapseWatch", lambda weights: CollapseWatch(weights, window=4, grace=1))
+    return config.replaced({"optim.learning_rate": 1e-12, "optim.steps": 12, "batch_norm": "none", **changes})
+
+
+def _flat_start(folder: Path) -> str:
+    network = UNet(1, batch_norm="none")
+    torch.nn.init.zeros_(network.head.weight)
+    save_network(folder / "flat.safetensors", network, {})
+    return str(folder / "flat.safetensors")
+
+
+def test_a_constant_is_recognised_stops_the_run_and_is_in_its_result(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = _learn_nothing(monkeypatch, config, start=_flat_start(tmp_path))
+    result = fit(flat, tmp_path / "run")
+    assert (result.finished, result.stopped_by) == (False, "collapse")
+    assert result.step < 12
+    assert result.collapse is not None
+    written = json.loads((tmp_path / "run" / RESULT_FILE).read_text())
+    assert written["collapse"]["last_step"] == result.step
+    with pytest.raises(TrainingError, match="holds a finished run"):
+        fit(flat, tmp_path / "run")
+
+
+def test_a_constant_can_be_ignored(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = fit(_learn_nothing(monkeypatch, config, start=_flat_start(tmp_path), on_collapse="ignore"), tmp_path / "run")
+    assert (result.finished, result.step) == (True, 12)
+    assert result.collapse is not None
+
+
+def test_a_run_begins_again_with_other_weights_until_one_is_no_constant(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Once(CollapseWatch):
+        """Sees a collapse at step 5 of the first two attempts."""
+
+        attempts = 0
+
+        def __init__(self, weights: tuple[float, float]) -> None:
+            super().__init__(weights)
+            Once.attempts += 1
+
+        @property
+        def collapsed(self) -> Collapse | None:
+            seen = self.step == 5 and Once.attempts <= 2
+            numbers = dict.fromkeys(("cross_entropy", "floor", "deviation", "perfect_deviation"), 0.1)
+            return Collapse(**numbers, first_step=1, last_step=5) if seen else None
+
+    monkeypatch.setattr(kdunet.fit, "CollapseWatch", Once)
+    monkeypatch.setattr(kdunet.fit, "LOG_EVERY", 1)
+    result = fit(config.replaced({"on_collapse": "restart"}), tmp_path / "run")
+    assert (result.finished, result.step, result.n_restarts, result.collapse) == (True, 8, 2, None)
+    steps = [step for step, _ in UnseenLog.read(tmp_path / "run" / "examples.csv")]
+    assert steps == [step for step in range(1, 9) for _ in range(config.data.batch)]
+    plain = fit(config, tmp_path / "plain")
+    assert plain.n_restarts == 0
+    assert not torch.equal(_state(tmp_path / "run")["student.head.weight"], _state(tmp_path / "plain")["student.head.weight"])
+
+
+def test_what_always_collapses_stops_after_the_last_restart(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kdunet.fit, "MAX_RESTARTS", 2)
+    result = fit(_learn_nothing(monkeypatch, config, start=_flat_start(tmp_path), on_collapse="restart"), tmp_path / "run")
+    assert (result.stopped_by, result.n_restarts) == ("collapse", 2)
+
+
+def test_a_run_starts_from_a_network_and_keeps_it_where_nothing_is_better(config: RunConfig, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    start = UNet(1, intensity=(123.0, 45.0))
+    save_network(tmp_path / "start.safetensors", start, {})
+    still = config.replaced({"start": str(tmp_path / "start.safetensors"), "optim.learning_rate": 1e-30})
+    fit(still, tmp_path / "run")
+    network, about = load_network(tmp_path / "run")
+    assert about["step"] == 0
+    assert float(network.mean) == 123.0
+    torch.testing.assert_close(dict(network.named_parameters()), dict(start.named_parameters()))
+    with pytest.raises(TrainingError, match=r"holds \{.*'width': 1.*asks for \{.*'width': 2"):
+        fit(still.replaced({"width": 2}), tmp_path / "wider")
+
+
+def test_frozen_normalisation_keeps_its_statistics(config: RunConfig, tmp_path: Path) -> None:
+    fit(config.replaced({"optim.freeze_batch_norm": True}), tmp_path / "frozen")
+    fit(config, tmp_path / "plain")
+    name = "student.encoder.0.1.running_mean"
+    assert float(_state(tmp_path / "frozen")[name].abs().max()) == 0.0
+    assert float(_state(tmp_path / "plain")[name].abs().max()) > 0.0
+
+
+def test_sequential_learns_from_the_teacher_first_and_then_from_the_labels(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kdunet.fit, "LOG_EVERY", 1)
+    sequential = config.replaced({f"loss.{name}": value for name, value in METHODS["sequential"].items()})
+    fit(sequential, tmp_path / "run", teacher=lambda images: images[:, 0] - 150.0)
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["name"] == "soft"] == ["1", "2", "3", "4"]
+    assert [row["step"] for row in rows if row["name"] == "hard"] == ["5", "6", "7", "8"]
+    assert [row["step"] for row in rows if row["name"] == "dice"] == ["5", "6", "7", "8"]
+
+
+def test_the_test_curve_is_logged_and_steers_nothing(config: RunConfig, tmp_path: Path) -> None:
+    watched = config.replaced(
+        {"unseen.images": config.data.images, "unseen.labels": config.data.labels, "unseen.every": 2, "unseen.stride": 3}
+    )
+    fit(watched, tmp_path / "watched")
+    fit(config, tmp_path / "plain")
+    _assert_same_bits(tmp_path / "watched", tmp_path / "plain")
+    rows = UnseenLog.read(tmp_path / "watched" / "unseen.csv")
+    assert [step for step, _ in rows] == [2, 4, 6, 8]
+    fit(watched, tmp_path / "parts", progress=_stop_at(5))
+    fit(watched, tmp_path / "parts")
+    assert UnseenLog.read(tmp_path / "parts" / "unseen.csv") == rows
+    with pytest.raises(ConfigError, match=r"unseen.slices is 0 to 11"):
+        fit(watched.replaced({"unseen.slices": (0, 11)}), tmp_path / "beyond")
+
+
+def test_labels_of_several_values_need_a_foreground(config: RunConfig, tmp_path: Path) -> None:
+    labels = np.zeros((10, 64, 80), np.uint8)
+    labels[:, 20:40, 20:40], labels[:, 40:50, 20:40] = 3, 7
+    tifffile.imwrite(tmp_path / "labels.tif", labels, photometric="minisblack")
+    several = config.replaced({"data.labels": str(tmp_path / "labels.tif")})
+    with pytest.raises(
+        VolumeError, match="holds the values 3, 7 beside 0, so it is not binary; name the foreground with --foreg"
+    ):
+        fit(several, tmp_path / "run")
+    slab, _ = load_annotated(several.replaced({"data.ignore": 7}).data)
+    assert set(np.unique(slab.truth)) == {0, 1, IGNORED}
+    assert slab.foreground_fraction == pytest.approx(400 / (64 * 80 - 200))
+    _, _ = load_annotated(several.replaced({"data.foreground": 3}).data)
+
+
+def test_stored_probabilities_teach_warped_with_their_crop(config: RunConfig, tmp_path: Path) -> None:
+    truth = tifffile.imread(config.data.labels)
+    tifffile.imwrite(tmp_path / "stored.tif", np.where(truth, 230, 20).astype(np.uint8), photometric="minisblack")
+    taught = config.replaced({"data.probabilities": str(tmp_path / "stored.tif"), "loss.soft_weight": 1.0})
+    slab, _ = load_annotated(taught.data)
+    batch = CropDataset(slab, taught.data, AugmentConfig(), seed=1)[0]
+    assert batch.taught is not None
+    agree = (batch.taught > 0) == (batch.labels == 1)
+    assert float(agree.float().mean()) > 0.995  # both are cut at one half of what is interpolated
+    assert fit(taught, tmp_path / "run").finished
+    tifffile.imwrite(tmp_path / "float.tif", truth.astype(np.float32), photometric="minisblack")
+    with pytest.raises(VolumeError, match="holds values from 0 to 255; probabilities are 0 to 1, or uint8"):
+        fit(taught.replaced({"data.probabilities": str(tmp_path / "float.tif")}), tmp_path / "other")
+    tifffile.imwrite(tmp_path / "small.tif", truth[:, :10, :10], photometric="minisblack")
+    with pytest.raises(VolumeError, match="give probabilities of the same slices"):
+        fit(taught.replaced({"data.probabilities": str(tmp_path / "small.tif")}), tmp_path / "other")
