@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+GRACE = 500
+"""Steps that are not looked at, where nothing else is said: the warm-up of the default run."""
+
 
 def constant_floor(foreground_fraction: float, class_weights: tuple[float, float]) -> float:
     """Cross-entropy (nats) of the best constant prediction under L = sum_i w_{y_i} CE_i / sum_i w_{y_i}.
@@ -64,7 +67,7 @@ class CollapseWatch:
     ROUNDING = 1e-6  # a constant in float32 deviates by up to 1e-7
 
     def __init__(
-        self, class_weights: tuple[float, float], *, window: int = 100, grace: int = 500, tolerance: float = 0.05
+        self, class_weights: tuple[float, float], *, window: int = 100, grace: int = GRACE, tolerance: float = 0.05
     ) -> None:
         """Class weights are of (background, foreground); the first `grace` steps are not looked at.
 

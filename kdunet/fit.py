@@ -30,7 +30,7 @@ from kdunet.checkpoint import (
     training_state,
     write_whole,
 )
-from kdunet.collapse import Collapse, CollapseWatch
+from kdunet.collapse import GRACE, Collapse, CollapseWatch
 from kdunet.config import LossConfig, OptimConfig, RunConfig
 from kdunet.data import Annotated, Batch, batches, load_annotated, read_annotated
 from kdunet.evaluate import Validation, mean_cross_entropy, validate
@@ -185,7 +185,7 @@ class _Run:
                 "that was taught with --bank."
             )
         self.about = {"foreground_fraction": train.foreground_fraction, "class_weights": self.class_weights}
-        self.watch = CollapseWatch(self.class_weights)
+        self.watch = self._new_watch()
         self.step, self.n_restarts = 0, 0
         self.best, self.last, self.collapse = None, None, None  # type: Validation | None, Validation | None, Collapse | None
         if (out / CHECKPOINT_FILE).exists():
@@ -266,7 +266,7 @@ class _Run:
         self.student.load_state_dict(self._new_student(seed).state_dict())
         self.averaged = self._new_average()
         self.optimizer.optimizer.state.clear()
-        self.watch = CollapseWatch(self.class_weights)
+        self.watch = self._new_watch()
         self.step, self.best, self.last, self.collapse = 0, None, None, None
         self.save_checkpoint()
 
@@ -282,11 +282,17 @@ class _Run:
                     "set width and batch_norm to those of the network to start from."
                 )
             student.load_state_dict(start.state_dict())
-        return cast(UNet, student.to(self.fabric.device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+        student.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return student.accelerated() if config.optim.precision == "32-true" else student
 
     def _new_average(self) -> AveragedModel:
         average = get_ema_multi_avg_fn(self.config.optim.ema_decay)  # type: ignore[no-untyped-call]
         return AveragedModel(self.student, multi_avg_fn=average, use_buffers=True)
+
+    def _new_watch(self) -> CollapseWatch:
+        steps = self.config.optim.steps
+        warmup = round(self.config.optim.warmup * steps)  # healthy networks may look flat so long
+        return CollapseWatch(self.class_weights, grace=max(warmup, min(GRACE, steps // 2)))
 
     def _set_training(self) -> None:
         self.network.train()

@@ -6,13 +6,14 @@ minimum over a test curve picks the moment to stop on the test set, which flatte
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+
+import numpy as np
 
 from kdunet.checkpoint import write_whole
 from kdunet_infer.errors import ConfigError, TrainingError
@@ -27,7 +28,6 @@ RESULT_FILE = "result.json"
 _HEADER = "step,cross_entropy\n"
 _ROW = re.compile(r"(\d+),(\S+)\n")  # a row that a power cut has shortened lacks its newline
 _REPORT_STEPS = 300_000
-_UNIT_BITS = 1074  # every finite float is a whole number of 2^-1074: sums in this unit lose nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +76,17 @@ class ReportLosses:
 def best_window(values: Sequence[float], length: int, *, name: str = "the record") -> tuple[float, int]:
     """The smallest mean of `length` consecutive values, and the index where that window begins: the first such window.
 
-    The report sums k to k + length, one value more than it divides by; this sums `length`. Sums are exact: only the mean is
-    rounded. Raises TrainingError where there are fewer values than `length`, or one is not finite.
+    The report sums k to k + length, one value more than it divides by; this sums `length`. Raises TrainingError where there are
+    fewer values than `length`, or one of them is not finite.
     """
     if not 1 <= length <= len(values):
         raise TrainingError(f"{name} holds {len(values)} values, no window of {length}; give a window that fits the run.")
-    if not all(map(math.isfinite, values)):
+    record = np.asarray(values, np.float64)
+    if not np.isfinite(record).all():
         raise TrainingError(f"{name} holds a value that is not finite; train again at a lower learning rate.")
-    total = least = sum(map(_units, values[:length]))
-    begin = 0
-    for k in range(1, len(values) - length + 1):
-        total += _units(values[k + length - 1]) - _units(values[k - 1])
-        if total < least:
-            least, begin = total, k
-    return least / (length << _UNIT_BITS), begin  # integers of any size divide to the nearest float
+    means = np.lib.stride_tricks.sliding_window_view(record, length).mean(axis=1)
+    begin = int(means.argmin())
+    return float(means[begin]), begin
 
 
 def report_losses(run_folder: Path, windows: MeasureWindows) -> ReportLosses:
@@ -136,11 +133,6 @@ class UnseenLog:
     def close(self) -> None:
         """Nothing can be added after."""
         self._file.close()
-
-
-def _units(value: float) -> int:
-    numerator, denominator = value.as_integer_ratio()
-    return numerator << (_UNIT_BITS + 1 - denominator.bit_length())
 
 
 def _best_of(path: Path, length: int, *, every: int = 1) -> tuple[float, int]:

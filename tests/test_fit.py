@@ -267,7 +267,7 @@ def test_network_survives_half_precision_storage(tmp_path: Path) -> None:
 
 def _learn_nothing(monkeypatch: pytest.MonkeyPatch, config: RunConfig, **changes: object) -> RunConfig:
     """A run whose network never becomes more than a constant, watched from its first step."""
-    monkeypatch.setattr(kdunet.fit, "CollapseWatch", lambda weights: CollapseWatch(weights, window=4, grace=1))
+    monkeypatch.setattr(kdunet.fit, "CollapseWatch", lambda weights, grace: CollapseWatch(weights, window=4, grace=1))
     return config.replaced({"optim.learning_rate": 1e-12, "optim.steps": 12, "batch_norm": "none", **changes})
 
 
@@ -306,7 +306,7 @@ def test_a_run_begins_again_with_other_weights_until_one_is_no_constant(
 
         attempts = 0
 
-        def __init__(self, weights: tuple[float, float]) -> None:
+        def __init__(self, weights: tuple[float, float], *, grace: int) -> None:
             super().__init__(weights)
             Once.attempts += 1
 
