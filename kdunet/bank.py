@@ -127,6 +127,11 @@ class BankDataset(BatchDataset):
         self.images, self.labels, self.margins = arrays[IMAGES_FILE], arrays[LABELS_FILE], arrays.get(MARGINS_FILE)
         self.size, self.augment = config.data.crop, config.augment
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether the bank has margins."""
+        return self.margins is not None
+
     def crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """A window of one of the bank's crops; the margins are those of the crop as it was taught."""
         n_crops, side, _ = self.images.shape

@@ -152,6 +152,11 @@ class BatchDataset(Dataset[Batch]):
         share = batch // n_ranks
         self.seed, self.share = seed, range(rank * share, (rank + 1) * share)
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether a teacher's answers come with the crops."""
+        raise NotImplementedError
+
     def __getitem__(self, step: int) -> Batch:
         crops = [self.crop(np.random.default_rng((self.seed, step, index))) for index in self.share]
         images, labels, taught = zip(*crops, strict=True)
@@ -174,6 +179,11 @@ class CropDataset(BatchDataset):
         self.images, self.truth = torch.from_numpy(slab.images), torch.from_numpy(slab.truth)
         self.probabilities = None if slab.probabilities is None else torch.from_numpy(slab.probabilities)
         self.config, self.augment = config, augment
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether the slab has stored probabilities."""
+        return self.probabilities is not None
 
     def crop(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """A crop anywhere in the slab."""

@@ -1,7 +1,8 @@
 """A trained network -> ONNX with its card. Parity with PyTorch is proven before the file appears.
 
 Interface: input `image` uint8 (n, 1, y, x), output `foreground` float32 (n, 1, y, x), the probability; everything else is in
-the graph. Batch normalisation is folded into the convolutions, and the two-class softmax into one sigmoid of the difference.
+the graph. Batch normalisation is folded into the convolutions, and the two-class softmax into one sigmoid of the difference,
+whose weights hold the calibration too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from kdunet.calibration import Calibration, calibrate, calibrated, to_json
 from kdunet.checkpoint import load_network, write_whole
 from kdunet.config import RunConfig
 from kdunet.data import Annotated, load_annotated
@@ -37,6 +39,8 @@ MAX_DIFFERENCE = 1e-5
 N_PARITY_CROPS = 4
 AS_STORED = "uint8 as stored"
 """How training images came to uint8, unless an export is told: training reads nothing else."""
+CALIBRATED = "calibrated: of the validation voxels that got a probability p, a share p is foreground; other images may differ"
+AS_TRAINED = "as the loss left them: they rank voxels, but a share p of the voxels that got p need not be foreground"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class Exported:
     sha256: str
     max_difference: float
     """Largest difference of a probability to PyTorch on the parity crops."""
+    calibration: Calibration | None = None
+    """What the graph's probabilities were calibrated with; None where they are as trained."""
 
 
 class _Student(nn.Module):
@@ -77,8 +83,12 @@ def export_run(
     voxel_size_nm: tuple[float, float, float] | None = None,
     grey_preparation: str = AS_STORED,
     told: Mapping[str, str] | None = None,
+    calibration: bool = True,
 ) -> Exported:
     """Export the best network of the training run in `run` as `out`, with a card made from its record.
+
+    With `calibration` its probabilities are calibrated on the annotated voxels of the run's validation slab, and the card's
+    threshold is moved along, so that masks stay as they are.
 
     `told` joins the card's provenance: description, licence, citation, whatever the record cannot know. `grey_preparation` says
     what was done to the images before training read them. The card's grey histogram is that of the run's own training slab,
@@ -95,7 +105,11 @@ def export_run(
         grey_preparation=grey_preparation,
         voxel_size_nm=voxel_size_nm,
     )
-    return export_network(network, card, out, crops=parity_crops(validation, network.stride))
+    found = calibrate(network, validation) if calibration else None
+    if found is not None:
+        network, card = calibrated(network, found), calibrated_card(card, found)
+    exported = export_network(network, card, out, crops=parity_crops(validation, network.stride))
+    return dataclasses.replace(exported, calibration=found)
 
 
 def export_network(network: UNet, card: ModelCard, out: Path, *, crops: npt.NDArray[np.uint8]) -> Exported:
@@ -148,9 +162,9 @@ def folded(network: UNet) -> UNet:
             for index in (0, 3):
                 convolution, normalisation = block[index], block[index + 1]
                 assert isinstance(convolution, nn.Conv2d)
-                assert isinstance(normalisation, nn.BatchNorm2d)
-                block[index] = fuse_conv_bn_eval(convolution, normalisation)
-                block[index + 1] = nn.Identity()
+                if isinstance(normalisation, nn.BatchNorm2d):
+                    block[index] = fuse_conv_bn_eval(convolution, normalisation)
+                    block[index + 1] = nn.Identity()
     return copied.float()
 
 
@@ -181,8 +195,20 @@ def student_card(
             "validation": about["validation"],
             "step": about["step"],
             "foreground_fraction": about["foreground_fraction"],
+            "probabilities": AS_TRAINED,
         },
     )
+
+
+def calibrated_card(card: ModelCard, calibration: Calibration) -> ModelCard:
+    """The card of the network whose probabilities are calibrated: its threshold cuts the same mask out of them.
+
+    Raises TrainingError where no threshold in float32 does.
+    """
+    figures = {**to_json(calibration), "threshold_before": card.threshold, "on": "validation slices"}
+    meaning = f"not well calibrated: {calibration.remark}" if calibration.remark else CALIBRATED
+    provenance = {**card.provenance, "probabilities": meaning, "calibration": figures}
+    return dataclasses.replace(card, threshold=calibration.threshold(card.threshold), provenance=provenance)
 
 
 def grey_shares(images: npt.NDArray[np.uint8]) -> tuple[float, ...]:
@@ -208,10 +234,15 @@ def parity_crops(slab: Annotated, stride: int) -> npt.NDArray[np.uint8]:
 def _recipe(config: RunConfig) -> dict[str, Any]:
     """The configuration as JSON, paths cut to their last part: a released file tells no machine's folders."""
     table = dataclasses.asdict(config)
-    table["teacher"] = Path(table["teacher"]).name
-    for key in ("images", "labels"):
-        table["data"][key] = Path(table["data"][key]).name
+    table["teachers"] = [Path(teacher).name for teacher in table["teachers"]]
+    for section, keys in _PATHS.items():
+        part = table[section] if section else table
+        part.update({key: Path(part[key]).name for key in keys})
     return table
+
+
+_PATHS = {"": ("start",), "data": ("images", "labels", "probabilities", "bank"), "unseen": ("images", "labels")}
+"""Section -> its keys that are paths."""
 
 
 def _clean(proto: Any, card: ModelCard) -> Any:

@@ -32,12 +32,12 @@ from kdunet.checkpoint import (
 )
 from kdunet.collapse import GRACE, Collapse, CollapseWatch
 from kdunet.config import LossConfig, OptimConfig, RunConfig
-from kdunet.data import Annotated, Batch, batches, load_annotated, read_annotated
+from kdunet.data import Annotated, Batch, BatchDataset, batches, load_annotated, read_annotated
 from kdunet.evaluate import Validation, mean_cross_entropy, validate
 from kdunet.interrupts import stop_requests
 from kdunet.measures import EXAMPLES_FILE, RESULT_FILE, UNSEEN_FILE, UnseenLog
 from kdunet.records import Metrics
-from kdunet.teachers import Teacher, load_teacher
+from kdunet.teachers import Teacher, check_teacher, load_teacher
 from kdunet.unet import UNet
 from kdunet_infer.errors import ConfigError, TrainingError
 
@@ -114,10 +114,10 @@ def fit(
         _prepare(config, out)
     fabric.barrier()
     train, validation = load_annotated(config.data)
-    run = _Run(config, out, fabric, train, teacher)
+    dataset = training_batches(config, train, rank=fabric.global_rank, n_ranks=fabric.world_size)
+    run = _Run(config, out, fabric, train, _teacher(config, fabric.device, dataset, teacher))
     unseen = _load_unseen(config)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-    dataset = training_batches(config, train, rank=fabric.global_rank, n_ranks=fabric.world_size)
     n_steps, stopped_by = config.optim.steps, ""
     records = _Logs(out, from_step=run.step) if fabric.is_global_zero else contextlib.nullcontext()
     with stop_requests() as stop, records as logs:
@@ -178,12 +178,7 @@ class _Run:
         self.averaged = self._new_average()
         self.pool = losses.alone if fabric.world_size == 1 else losses.over_processes
         self.class_weights = losses.class_weights(config.loss.class_weights, train.foreground_fraction)
-        self.teacher = teacher or load_teacher(config, fabric.device)
-        if config.loss.soft_weight and not (self.teacher or config.data.bank or config.data.probabilities):
-            raise TrainingError(
-                f"soft_weight is {config.loss.soft_weight} and there is no teacher; name one with --teacher, or a bank "
-                "that was taught with --bank."
-            )
+        self.teacher = teacher
         self.about = {"foreground_fraction": train.foreground_fraction, "class_weights": self.class_weights}
         self.watch = self._new_watch()
         self.step, self.n_restarts = 0, 0
@@ -314,10 +309,8 @@ class _Run:
         """The teacher's margins: stored with the crops, or its answer to the same augmented crops."""
         if not self.config.loss.soft_weight:
             return None
-        if batch.taught is not None:
-            return cast(Tensor, self.fabric.to_device(batch.taught))
         if self.teacher is None:
-            raise TrainingError(f"soft_weight is {self.config.loss.soft_weight} and {self.config.data.bank} was not taught.")
+            return cast(Tensor, self.fabric.to_device(batch.taught))
         with torch.no_grad(), self.fabric.autocast():
             return self.teacher(images)
 
@@ -409,6 +402,21 @@ class _Logs:
     def __exit__(self, *_: object) -> None:
         for log in (self.metrics, self.examples, self.unseen):
             log.close()
+
+
+def _teacher(config: RunConfig, device: torch.device, dataset: BatchDataset, teacher: Teacher | None) -> Teacher | None:
+    """Who answers in the loop; None where nobody is asked, or where the answers lie with the crops."""
+    if not config.loss.soft_weight:
+        return None
+    if teacher is not None:
+        check_teacher(teacher, "the teacher", crop=config.data.crop, device=device)
+    elif not dataset.is_taught and (teacher := load_teacher(config, device)) is None:
+        bank = f", and the bank {config.data.bank} was not taught" if config.data.bank else ""
+        raise TrainingError(
+            f"soft_weight is {config.loss.soft_weight} and there is no teacher{bank}; name one with --teacher, or with --bank a "
+            "bank that was taught."
+        )
+    return teacher
 
 
 def _load_unseen(config: RunConfig) -> Annotated | None:

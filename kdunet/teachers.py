@@ -21,7 +21,7 @@ from kdunet.losses import margin
 from kdunet_infer.card import METADATA_KEY
 from kdunet_infer.engines import create_engine, missing
 from kdunet_infer.errors import EngineUnavailable, KdunetError, ModelError, TrainingError
-from kdunet_infer.model import Model, _check_graph, _check_self_contained, _parsed, _signature
+from kdunet_infer.model import Model, check_graph, check_self_contained, parsed, signature
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -162,12 +162,12 @@ def _shape(value: Any) -> str:
 def _load_onnx(file: Path, device: torch.device) -> Teacher:
     """An exported student where the file has a card, a network of any other making where it has none."""
     onnx_bytes = file.read_bytes()
-    proto = _parsed(onnx_bytes, file)
+    proto = parsed(onnx_bytes, file)
     where = "cuda" if device.type == "cuda" else "cpu"
     if any(prop.key == METADATA_KEY for prop in proto.metadata_props):
         return _student(Model.from_bytes(onnx_bytes, file), where)
-    _check_self_contained(proto, file)
-    _check_graph(proto, file)
+    check_self_contained(proto, file)
+    check_graph(proto, file)
     return _foreign(file, onnx_bytes, proto.graph, where)
 
 
@@ -203,7 +203,7 @@ def _checked_input(graph: GraphProto, file: Path) -> tuple[str, bool]:
     sizes = [dim.dim_value for dim in tensor.shape.dim] if tensor else []  # 0 where the size is free
     fits = len(inputs) == 1 and len(sizes) == 4 and sizes[0] in (0, 1) and sizes[1] in (0, 1)
     if not (fits and tensor and tensor.elem_type == TensorProto.FLOAT and len(graph.output) == 1):
-        found = (", ".join(map(_signature, values)) or "nothing" for values in (inputs, graph.output))
+        found = (", ".join(map(signature, values)) or "nothing" for values in (inputs, graph.output))
         raise ModelError("teacher {} has the input {} and the output {}; {}.".format(file, *found, FOREIGN))
     return inputs[0].name, sizes[0] == 1
 

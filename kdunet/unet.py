@@ -10,11 +10,12 @@ No layer's statistics depend on the tile (no InstanceNorm, no global pooling): t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from kdunet import planar
 from kdunet_infer.errors import ConfigError
 
 N_LEVELS = 5
@@ -23,6 +24,9 @@ N_CLASSES = 2
 
 class DoubleConv(nn.Sequential):
     """(3x3 convolution with bias, batch normalisation, ReLU) twice: (n, n_in, y, x) -> (n, n_out, y, x)."""
+
+    uses_planar = False
+    """Whether narrow layers are computed by `kdunet.planar`."""
 
     def __init__(self, n_in: int, n_out: int, *, batch_norm: bool = True) -> None:
         super().__init__(
@@ -33,6 +37,19 @@ class DoubleConv(nn.Sequential):
             nn.BatchNorm2d(n_out) if batch_norm else nn.Identity(),
             nn.ReLU(inplace=True),
         )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The six layers, or where `uses_planar` is set each narrow three as one."""
+        if not self.uses_planar:
+            return cast(Tensor, super().forward(features))
+        for convolution, normalisation, relu in ((self[0], self[1], self[2]), (self[3], self[4], self[5])):
+            assert isinstance(convolution, nn.Conv2d)
+            if planar.suits(convolution):
+                batch_norm = normalisation if isinstance(normalisation, nn.BatchNorm2d) else None
+                features = planar.conv_norm_relu(features, convolution, batch_norm)
+            else:
+                features = relu(normalisation(convolution(features)))
+        return features
 
 
 class UNet(nn.Module):
@@ -46,6 +63,8 @@ class UNet(nn.Module):
 
     mean: Tensor
     std: Tensor
+    uses_planar = False
+    """Whether narrow layers are computed by `kdunet.planar`."""
 
     def __init__(
         self,
@@ -93,13 +112,29 @@ class UNet(nn.Module):
         features = (image - self.mean) / self.std  # (n, 1, y, x)
         skips = []
         for level, block in enumerate(self.encoder):
-            features = block(self.pool(features) if level else features)  # (n, k 2^level, y / 2^level, x / 2^level)
+            features = block(self._pooled(features) if level else features)  # (n, k 2^level, y / 2^level, x / 2^level)
             skips.append(features)
         skips.pop()  # the bottleneck is not skipped to
         for up, block in zip(self.up, self.decoder, strict=True):
-            features = block(torch.cat([skips.pop(), up(features)], dim=1))
+            features = block(torch.cat([skips.pop(), self._upsampled(features, up)], dim=1))
         logits: Tensor = self.head(features)  # (n, 2, y, x)
         return logits
+
+    def accelerated(self) -> UNet:
+        """This network, its narrow layers from now on by `kdunet.planar` where that can run; the same up to rounding."""
+        if planar.available() and self.head.weight.device.type == "cpu":
+            for module in self.modules():
+                if isinstance(module, UNet | DoubleConv):
+                    module.uses_planar = True
+        return self
+
+    def _pooled(self, features: Tensor) -> Tensor:
+        narrow = self.uses_planar and features.shape[1] <= planar.MAX_CHANNELS
+        pooled: Tensor = planar.max_pool(features) if narrow else self.pool(features)
+        return pooled
+
+    def _upsampled(self, features: Tensor, up: nn.ConvTranspose2d) -> Tensor:
+        return planar.up(features, up) if self.uses_planar and features.shape[1] <= planar.MAX_CHANNELS else up(features)
 
 
 def n_parameters(network: nn.Module) -> int:

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from kdunet.unet import UNet
+from kdunet_infer.engines.native.machine import SMALL
 from kdunet_infer.testing import noise
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -153,7 +154,7 @@ def test_a_window_that_is_the_tile_is_all_the_work(contenders: ModuleType) -> No
 def test_the_peak_is_a_loop_of_multiply_adds(tools: None) -> None:
     """x / 2 + 1 three times over, from 0: 1.75 in every lane of every sum."""
     peak = importlib.import_module("fma_peak")
-    spin = peak._compiled(peak._source(4, 5), "")
+    spin = peak._compiled(peak._source(4, 5), SMALL)
     out = (ctypes.c_float * 20)()
     spin(ctypes.addressof(out), 3)
     assert list(out) == [1.75] * 20

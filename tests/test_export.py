@@ -9,11 +9,26 @@ import onnx
 import pytest
 import tifffile
 import torch
+from scipy.special import expit, logit
 
 import kdunet.export
+from kdunet.calibration import Calibration
 from kdunet.checkpoint import NETWORK_FILE, save_network
 from kdunet.config import DataConfig, RunConfig
-from kdunet.export import AS_STORED, MAX_DIFFERENCE, export_network, export_run, folded, grey_shares, onnx_graph
+from kdunet.evaluate import slice_margin
+from kdunet.export import (
+    AS_STORED,
+    AS_TRAINED,
+    CALIBRATED,
+    MAX_DIFFERENCE,
+    Exported,
+    calibrated_card,
+    export_network,
+    export_run,
+    folded,
+    grey_shares,
+    onnx_graph,
+)
 from kdunet.fit import CONFIG_FILE
 from kdunet.unet import UNet, halo
 from kdunet_infer.card import ModelCard
@@ -125,25 +140,99 @@ class TestExportedStudent(EngineContract):
         return create_engine("onnxruntime", model, device="cpu", n_threads=1)
 
 
-def test_card_tells_the_grey_values_of_the_training_slab_alone(network: UNet, tmp_path: Path) -> None:
-    images = np.concatenate([noise((4, 48, 64)) // 2, np.full((2, 48, 64), 255, np.uint8)])
-    for name, stack in (("images", images), ("labels", np.eye(48, 64, dtype=np.uint8)[None].repeat(6, axis=0))):
-        tifffile.imwrite(tmp_path / f"{name}.tif", stack, photometric="minisblack")
+GREY = np.concatenate([noise((4, 48, 64)) // 2, np.full((1, 48, 64), 255, np.uint8), noise((1, 48, 64))])
+
+
+@pytest.fixture(scope="module")
+def run(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder, with labels drawn so that not the network's margin m but m / 2 + 1 is the log odds of foreground."""
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    margins = np.stack([slice_margin(network, image, device=torch.device("cpu")) for image in GREY])
+    labels = (rng.random(margins.shape) < 1 / (1 + np.exp(-0.5 * margins - 1))).astype(np.uint8)
+    labels[:4] = 1 - labels[:4]  # of the training slices something else
+    for name, stack in (("images", GREY), ("labels", labels)):
+        tifffile.imwrite(folder / f"{name}.tif", stack, photometric="minisblack")
     data = DataConfig(
-        images=str(tmp_path / "images.tif"),
-        labels=str(tmp_path / "labels.tif"),
+        images=str(folder / "images.tif"),
+        labels=str(folder / "labels.tif"),
         train_slices=(0, 4),
         validation_slices=(4, 6),
     )
-    (tmp_path / CONFIG_FILE).write_text(RunConfig(width=1, data=data).to_toml())
-    about = {"validation": {"threshold": 0.5, "iou": 0.8}, "step": 1, "foreground_fraction": 0.1}
-    save_network(tmp_path / NETWORK_FILE, network, about)
-    exported = export_run(tmp_path, tmp_path / "student.onnx", voxel_size_nm=(50.0, 4.0, 4.0))
-    card = Model.load(exported.path).card
-    want, _ = np.histogram(images[:4], bins=np.arange(257), density=True)
+    config = RunConfig(width=1, data=data, teachers=("/a/teacher",), start="/b/start")
+    (folder / CONFIG_FILE).write_text(config.to_toml())
+    threshold = float(np.floor(256 / (1 + np.exp(-np.median(margins[5])))) / 256)  # cuts the noise in two halves
+    about = {"validation": {"threshold": threshold, "iou": 0.8}, "step": 1, "foreground_fraction": 0.1}
+    save_network(folder / NETWORK_FILE, network, about)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exported, Exported]:
+    """The run exported with and without calibration."""
+    out = tmp_path_factory.mktemp("both")
+    voxel_size_nm = (50.0, 4.0, 4.0)
+    return (
+        export_run(run, out / "calibrated.onnx", voxel_size_nm=voxel_size_nm),
+        export_run(run, out / "plain.onnx", voxel_size_nm=voxel_size_nm, calibration=False),
+    )
+
+
+def test_card_tells_the_grey_values_of_the_training_slab_alone(both: tuple[Exported, Exported]) -> None:
+    card = Model.load(both[0].path).card
+    want, _ = np.histogram(GREY[:4], bins=np.arange(257), density=True)
     np.testing.assert_allclose(card.grey_histogram, want, rtol=1e-5)
     assert card.grey_preparation == AS_STORED
     assert card.voxel_size_nm == (50.0, 4.0, 4.0)
+
+
+def test_card_tells_the_recipe_and_no_folder(both: tuple[Exported, Exported]) -> None:
+    recipe = Model.load(both[0].path).card.provenance["recipe"]
+    assert (recipe["teachers"], recipe["start"], recipe["data"]["images"]) == (["teacher"], "start", "images.tif")
+    assert (recipe["data"]["bank"], recipe["unseen"]["labels"]) == ("", "")
+
+
+def test_calibration_moves_probabilities_and_no_mask(both: tuple[Exported, Exported]) -> None:
+    models = [Model.load(exported.path) for exported in both]
+    tiles = noise((4, 96, 128), seed=3)
+    p, plain = (create_engine("onnxruntime", model, n_threads=1).infer(tiles) for model in models)
+    scale, offset = (models[0].card.provenance["calibration"][name] for name in ("scale", "offset"))
+    assert abs(scale - 0.5) < 0.2
+    assert abs(offset - 1) < 0.3
+    np.testing.assert_allclose(p, expit(scale * logit(plain.astype(np.float64)) + offset), atol=MAX_DIFFERENCE)
+    masks = [answer >= np.float32(model.card.threshold) for answer, model in zip((p, plain), models, strict=True)]
+    assert 0.2 < masks[0].mean() < 0.8
+    near = np.abs(plain - models[1].card.threshold) < 1e-6  # float32 may round either way
+    np.testing.assert_array_equal(masks[0][~near], masks[1][~near])
+    assert near.mean() < 1e-3
+    assert models[0].card.threshold != models[1].card.threshold
+
+
+def test_card_says_what_the_probabilities_mean(both: tuple[Exported, Exported]) -> None:
+    told, plain = (Model.load(exported.path).card.provenance for exported in both)
+    assert told["probabilities"] == CALIBRATED
+    assert set(told["calibration"]) == {
+        "scale", "offset", "ece_before", "ece_after", "nll_before", "nll_after", "threshold_before", "on",
+    }  # fmt: skip
+    assert told["calibration"]["on"] == "validation slices"
+    assert told["calibration"]["ece_after"] < told["calibration"]["ece_before"]
+    assert told["calibration"]["threshold_before"] == Model.load(both[1].path).card.threshold
+    assert (plain["probabilities"], "calibration" in plain, both[1].calibration) == (AS_TRAINED, False, None)
+
+
+def test_card_says_where_calibration_did_not_work() -> None:
+    odd = Calibration(4.0, 1.0, 0.1, 0.1, 0.2, 0.2, remark="the best scale is 9; 4 is the limit")
+    assert calibrated_card(CARD, odd).provenance["probabilities"] == "not well calibrated: the best scale is 9; 4 is the limit"
+
+
+def test_parity_is_that_of_the_calibrated_network(
+    run: Path, both: tuple[Exported, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration that reaches PyTorch and not the graph is found out."""
+    plain = both[1].path.read_bytes()
+    monkeypatch.setattr(kdunet.export, "onnx_graph", lambda network, card: plain)
+    with pytest.raises(TrainingError, match="differs from PyTorch"):
+        export_run(run, tmp_path / "bad.onnx")
 
 
 def test_shares_are_rounded_to_six_digits() -> None:

@@ -212,7 +212,7 @@ def test_default_slabs_leave_a_gap() -> None:
         ({"loss.soft_weight": 1.0}, TrainingError, "soft_weight is 1.0 and there is no teacher"),
         ({"unseen.images": "none.tif"}, VolumeNotFound, "there is no file none.tif"),
         ({"start": "none"}, TrainingError, "there is no file none"),
-        ({"teachers": ("none",)}, TrainingError, "there is no teacher none; give a run's folder"),
+        ({"teachers": ("none",), "loss.soft_weight": 1.0}, TrainingError, "there is no teacher none; give a run's folder"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
