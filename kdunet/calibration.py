@@ -123,7 +123,8 @@ class MarginHistogram:
         probability = _sigmoid(scale * margin + offset)
         index = (probability * n_bins).astype(np.intp).clip(max=n_bins - 1)
         total, predicted, observed = (
-            np.bincount(index, weights, minlength=n_bins).astype(np.float64) for weights in (count, count * probability, count * label)
+            np.bincount(index, weights, minlength=n_bins).astype(np.float64)
+            for weights in (count, count * probability, count * label)
         )
         with np.errstate(invalid="ignore"):  # 0 / 0 where a bin is empty
             return Reliability(predicted / total, observed / total, total)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from kdunet.augment import changed_grey_values, warped_crop
 from kdunet.config import AugmentConfig, DataConfig, Slab
 from kdunet.losses import IGNORED
+from kdunet_infer.card import N_GREY_VALUES
 from kdunet_infer.errors import ConfigError, VolumeError, VolumeNotFound
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -50,7 +51,7 @@ class Annotated:
     @property
     def foreground_fraction(self) -> float:
         """Share of the annotated voxels that are foreground."""
-        background, foreground = (int((self.truth == value).sum()) for value in (0, 1))
+        background, foreground = (int(count) for count in value_counts(self.truth)[:2])
         return foreground / max(1, background + foreground)
 
     def slab(self, slices: Slab) -> Annotated:
@@ -62,7 +63,9 @@ class Annotated:
     @property
     def intensity(self) -> tuple[float, float]:
         """Mean and standard deviation of the grey values, 0 to 255; a deviation of 0 counts as 1."""
-        return float(self.images.mean(dtype=np.float64)), float(self.images.std(dtype=np.float64)) or 1.0
+        counts, grey = value_counts(self.images), np.arange(N_GREY_VALUES)
+        mean = float(np.average(grey, weights=counts))
+        return mean, float(np.average((grey - mean) ** 2, weights=counts)) ** 0.5 or 1.0
 
 
 def load_annotated(config: DataConfig) -> tuple[Annotated, Annotated]:
@@ -101,7 +104,8 @@ def read_annotated(
 
 
 def _only_foreground(labels: npt.NDArray[np.generic], path: str, ignore: int | None) -> int:
-    found = [int(value) for value in np.unique(labels) if value not in (0, ignore)]
+    values = np.flatnonzero(value_counts(labels)) if labels.dtype == np.uint8 else np.unique(labels)
+    found = [int(value) for value in values if value not in (0, ignore)]
     if len(found) > 1:
         some = ", ".join(str(value) for value in found[:5]) + (", ..." if len(found) > 5 else "")
         raise VolumeError(
@@ -138,6 +142,14 @@ def slabs(config: DataConfig, *, n_slices: int) -> tuple[Slab, Slab]:
     if max(train[0], validation[0]) < min(train[1], validation[1]):
         raise ConfigError(f"train_slices {train} and validation_slices {validation} overlap; validation must be unseen.")
     return train, validation
+
+
+def value_counts(voxels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """How often each value 0 to 255 is in `voxels` (z, y, x) uint8: (256,)."""
+    counts = np.zeros(N_GREY_VALUES, np.int64)
+    for plane in voxels:  # counting widens its input to 8 bytes a voxel: a slice at a time
+        counts += np.bincount(plane.ravel(), minlength=N_GREY_VALUES)
+    return counts
 
 
 class BatchDataset(Dataset[Batch]):

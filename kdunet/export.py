@@ -25,10 +25,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from kdunet.calibration import Calibration, calibrate, calibrated, to_json
 from kdunet.checkpoint import load_network, write_whole
 from kdunet.config import RunConfig
-from kdunet.data import Annotated, load_annotated
+from kdunet.data import Annotated, load_annotated, value_counts
 from kdunet.fit import CONFIG_FILE
 from kdunet.unet import DoubleConv, UNet, halo, n_parameters
-from kdunet_infer.card import METADATA_KEY, N_GREY_VALUES, ModelCard
+from kdunet_infer.card import METADATA_KEY, ModelCard
 from kdunet_infer.engines import create_engine
 from kdunet_infer.errors import TrainingError
 from kdunet_infer.model import INPUT_NAME, OUTPUT_NAME, Model
@@ -213,10 +213,7 @@ def calibrated_card(card: ModelCard, calibration: Calibration) -> ModelCard:
 
 def grey_shares(images: npt.NDArray[np.uint8]) -> tuple[float, ...]:
     """Share of the voxels of `images` (z, y, x) with each grey value 0 to 255, rounded to 6 significant digits."""
-    counts = np.zeros(N_GREY_VALUES, np.int64)
-    for image in images:  # counting widens its input to 8 bytes a voxel: a slice at a time
-        counts += np.bincount(image.ravel(), minlength=N_GREY_VALUES)
-    return tuple(float(f"{count / images.size:.6g}") for count in counts.tolist())
+    return tuple(float(f"{count / images.size:.6g}") for count in value_counts(images).tolist())
 
 
 def parity_crops(slab: Annotated, stride: int) -> npt.NDArray[np.uint8]:

@@ -46,10 +46,10 @@ class Model:
     @classmethod
     def from_bytes(cls, onnx_bytes: bytes, path: Path) -> Model:
         """Check the bytes of an ONNX file; `path` says in messages where they came from."""
-        proto = _parsed(onnx_bytes, path)
-        _check_self_contained(proto, path)
+        proto = parsed(onnx_bytes, path)
+        check_self_contained(proto, path)
         _check_interface(proto.graph, path)
-        _check_graph(proto, path)
+        check_graph(proto, path)
         return cls(path, onnx_bytes, hashlib.sha256(onnx_bytes).hexdigest(), _card(proto, path))
 
 
@@ -78,7 +78,8 @@ def _find(name_or_path: str | Path) -> Path:
     return path
 
 
-def _parsed(onnx_bytes: bytes, path: Path) -> ModelProto:
+def parsed(onnx_bytes: bytes, path: Path) -> ModelProto:
+    """The ONNX model in `onnx_bytes`, which came from `path`; ModelError where they are none."""
     # imported here: 0.3 s that planning and scoring need not pay
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -92,7 +93,7 @@ def _parsed(onnx_bytes: bytes, path: Path) -> ModelProto:
     return proto
 
 
-def _check_self_contained(proto: ModelProto, path: Path) -> None:
+def check_self_contained(proto: ModelProto, path: Path) -> None:
     """Weights in a second file would be looked for in the current folder, whoever wrote it."""
     for tensor in _tensors(proto.graph):
         if tensor.data_location == tensor.EXTERNAL:
@@ -120,12 +121,12 @@ def _check_interface(graph: GraphProto, path: Path) -> None:
         ("output", list(graph.output), OUTPUT_NAME, TensorProto.FLOAT),
     ):
         wanted = f"{name} {_dtype_name(dtype)} (n, 1, y, x)"
-        found = ", ".join(map(_signature, values)) or "nothing"
+        found = ", ".join(map(signature, values)) or "nothing"
         if found != wanted:
             raise ModelError(f"{path} has the {what} {found}; a student has {wanted}: export it with `kdunet export`.")
 
 
-def _check_graph(proto: ModelProto, path: Path) -> None:
+def check_graph(proto: ModelProto, path: Path) -> None:
     """What follows relies on it: that nodes have the inputs, outputs and attributes that ONNX says, and weights can be read."""
     import onnx
 
@@ -139,7 +140,7 @@ def _check_graph(proto: ModelProto, path: Path) -> None:
         raise ModelError(f"{path} holds a network that breaks the ONNX format ({why}); copy or export it again.") from exc
 
 
-def _signature(value: ValueInfoProto) -> str:
+def signature(value: ValueInfoProto) -> str:
     """`image uint8 (n, 1, y, x)`, where every size that is not fixed gets its axis's letter."""
     tensor = value.type.tensor_type
     letters = ("n", "c", "y", "x") if len(tensor.shape.dim) == 4 else ("?",) * len(tensor.shape.dim)
