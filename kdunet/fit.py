@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from kdunet import losses
+from kdunet import losses, planar
 from kdunet.bank import training_batches
 from kdunet.checkpoint import (
     NETWORK_FILE,
@@ -278,7 +278,10 @@ class _Run:
                 )
             student.load_state_dict(start.state_dict())
         student.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return student.accelerated() if config.optim.precision == "32-true" else student
+        if config.optim.precision != "32-true" or self.fabric.device.type != "cpu":
+            return student
+        planar.keep_freed_memory()
+        return student.accelerated()
 
     def _new_average(self) -> AveragedModel:
         average = get_ema_multi_avg_fn(self.config.optim.ema_decay)  # type: ignore[no-untyped-call]
@@ -413,8 +416,8 @@ def _teacher(config: RunConfig, device: torch.device, dataset: BatchDataset, tea
     elif not dataset.is_taught and (teacher := load_teacher(config, device)) is None:
         bank = f", and the bank {config.data.bank} was not taught" if config.data.bank else ""
         raise TrainingError(
-            f"soft_weight is {config.loss.soft_weight} and there is no teacher{bank}; name one with --teacher, or with --bank a "
-            "bank that was taught."
+            f"soft_weight is {config.loss.soft_weight} and there is no teacher{bank}; name one with --teacher, or a bank "
+            "that was taught with --bank."
         )
     return teacher
 

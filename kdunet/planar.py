@@ -29,6 +29,8 @@ MAX_CHANNELS = 16
 """Layers with more channels than this, in or out, are torch's to compute."""
 BAND_PIXELS = 2048
 """Size of a unit: the planes of one channel in and two out stay in the first-level cache."""
+SHARED_FROM = 1 << 18
+"""Values in the largest array from which threads share the work; waking one takes 40 microseconds."""
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -336,7 +338,8 @@ os.register_at_fork(after_in_child=_forget_threads)  # a forked child has none o
 def _run(kernel: Callable[..., None], units: _Units, *arguments: Any) -> None:
     """`kernel(begin, end, band, *arguments)` over all units on torch's number of threads, the caller's among them."""
     global _pool_of_threads
-    n_threads = max(1, min(torch.get_num_threads(), units.count))
+    largest = max(argument.size for argument in arguments if isinstance(argument, np.ndarray))
+    n_threads = min(torch.get_num_threads(), units.count) if largest >= SHARED_FROM else 1
     edges = [units.count * k // n_threads for k in range(n_threads + 1)]
     parts = []
     if n_threads > 1:

@@ -41,7 +41,7 @@ class DoubleConv(nn.Sequential):
     def forward(self, features: Tensor) -> Tensor:
         """The six layers, or where `uses_planar` is set each narrow three as one."""
         if not self.uses_planar:
-            return cast(Tensor, super().forward(features))
+            return cast(Tensor, super().forward(features))  # type: ignore[no-untyped-call]
         for convolution, normalisation, relu in ((self[0], self[1], self[2]), (self[3], self[4], self[5])):
             assert isinstance(convolution, nn.Conv2d)
             if planar.suits(convolution):
@@ -122,7 +122,7 @@ class UNet(nn.Module):
 
     def accelerated(self) -> UNet:
         """This network, its narrow layers from now on by `kdunet.planar` where that can run; the same up to rounding."""
-        if planar.available() and self.head.weight.device.type == "cpu":
+        if planar.available():
             for module in self.modules():
                 if isinstance(module, UNet | DoubleConv):
                     module.uses_planar = True
@@ -133,7 +133,8 @@ class UNet(nn.Module):
         pooled: Tensor = planar.max_pool(features) if narrow else self.pool(features)
         return pooled
 
-    def _upsampled(self, features: Tensor, up: nn.ConvTranspose2d) -> Tensor:
+    def _upsampled(self, features: Tensor, up: nn.Module) -> Tensor:
+        assert isinstance(up, nn.ConvTranspose2d)
         return planar.up(features, up) if self.uses_planar and features.shape[1] <= planar.MAX_CHANNELS else up(features)
 
 

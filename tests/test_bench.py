@@ -241,3 +241,21 @@ def test_instructions_are_the_difference_of_two_counts(bench: ModuleType, monkey
     assert result.output.split() == ["native", "50.0"]
     monkeypatch.setattr(bench.shutil, "which", lambda name: None)
     assert "valgrind is not here; install it" in CliRunner().invoke(bench.main, ["instructions"]).output
+
+
+def test_all_ways_of_a_training_step_are_measured(tools: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = importlib.import_module("bench_training")
+    monkeypatch.setattr(training, "WAYS", ("contiguous", "channels_last", "bf16", "planar", "nonsense"))
+    monkeypatch.setattr(training, "_peak_memory_mb", lambda *_: 12.0)
+    made = training.step_of
+    monkeypatch.setattr(training, "step_of", lambda way, *size: made(way, *size) if way != "nonsense" else 1 / 0)
+    rows = training.measure_training(1, batch=2, crop=32, n_threads=1, n_rounds=1)
+    assert [row["way"] for row in rows] == list(training.WAYS)
+    for row in rows[:-1]:
+        parts = [row[f"{part}_ms"] for part in training.PARTS]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(row["step_ms"], abs=0.5)
+    assert rows[-1]["refusal"].startswith("ZeroDivisionError")
+    table = training.as_table(rows).splitlines()
+    assert len(table) == 2 + len(rows)
+    assert {line.count("|") for line in table} == {12}

@@ -176,7 +176,8 @@ def test_nan_goes_through_forward_and_backward() -> None:
         assert torch.equal(_planar(layer, x).isnan(), y.isnan())
 
 
-def test_two_threads_give_the_bits_of_one() -> None:
+def test_two_threads_give_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planar, "SHARED_FROM", 1)
     torch.manual_seed(0)
     network = UNet(2, n_levels=3, intensity=(128.0, 50.0)).accelerated()
     image = torch.rand(3, 1, 72, 100) * 255
@@ -302,7 +303,8 @@ def test_one_value_a_channel_has_no_variance() -> None:
         _planar(_layer(1, 2), torch.ones(1, 1, 1, 1))
 
 
-def test_threads_are_made_anew_in_a_forked_child() -> None:
+def test_threads_are_made_anew_in_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planar, "SHARED_FROM", 1)
     torch.set_num_threads(2)
     layer, x = _layer(1, 2).eval(), torch.ones(2, 1, 8, 8)
     with torch.no_grad():
@@ -313,7 +315,7 @@ def test_threads_are_made_anew_in_a_forked_child() -> None:
             torch.set_num_threads(2)
             writer.send(bool(torch.equal(_planar(layer, x), want)))
 
-        process = multiprocessing.get_context("fork").Process(target=child)
+        process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
         process.start()
         assert reader.poll(30)
         assert reader.recv()

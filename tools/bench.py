@@ -3,6 +3,7 @@
     python tools/bench.py engines --out docs/results/engines.json     some minutes on two idle cores; --resume goes on
     python tools/bench.py report docs/results/engines.json            the plot beside it, and the tables of docs/performance.md
     python tools/bench.py segment                                     end to end, from one OME-Zarr to another
+    python tools/bench.py training                                    a training step, in torch's ways and ours, and its memory
     python tools/bench.py instructions                                what each engine executes a pixel, where valgrind is
 
 Needs pip install '.[cpu,openvino,train,bench]'. A contender that cannot run here is listed with the reason.
@@ -30,6 +31,7 @@ import tifffile
 from bench_contenders import NAMES, Entry, Subject, UInt8Array, entry, multiply_adds, subject
 from bench_report import write_plot, write_tables
 from bench_segment import measure_segment, write_volume
+from bench_training import as_table, measure_training
 from fma_peak import peak_run
 
 from kdunet_infer.speed import REFERENCE, SLICE_SHAPE, race, synthetic_slices
@@ -50,6 +52,26 @@ QUICK_THREADS = (1,)
 @click.group()
 def main() -> None:
     """Benchmarks of the engines."""
+
+
+@main.command("training")
+@click.option("--width", "widths", type=int, multiple=True, default=WIDTHS, show_default=True)
+@click.option("--batch", default=8, show_default=True)
+@click.option("--crop", default=256, show_default=True)
+@click.option("--threads", "threads", type=int, multiple=True, default=THREADS, show_default=True)
+@click.option("--rounds", "n_rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="JSON of all rows.")
+def training_command(
+    widths: tuple[int, ...], batch: int, crop: int, threads: tuple[int, ...], n_rounds: int, out: Path | None
+) -> None:
+    """Measure a training step of each width in several ways, part by part, and print a table."""
+    rows = []
+    for width in widths:
+        for n_threads in threads:
+            rows += measure_training(width, batch=batch, crop=crop, n_threads=n_threads, n_rounds=n_rounds)
+    click.echo(as_table(rows))
+    if out:
+        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 @main.command("engines")

@@ -125,7 +125,7 @@ def _after(name: str, own: Lines, setting: Setting) -> Iterator[str]:
 
 def _teachers(own: Lines, lines: Lines) -> Iterator[str]:
     """The teachers trained here that taught these runs."""
-    wanted = {"final": ("8-Unet",), **dict.fromkeys(("table2", "table3", "table5", "table6"), ("4-Unet",))}
+    wanted = {"final": ("4-Unet",), **dict.fromkeys(("table2", "table3", "table5", "table6"), ("4-Unet",))}
     for line in lines:
         if line["experiment"] != TEACHERS or line["budget"] != own[0]["budget"]:
             continue
