@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from reproduction.experiments import VERSUS_WIDTHS, bn_label, versus_label, versus_steps
+from reproduction.experiments import FINAL_OURS, VERSUS_WIDTHS, WITHOUT, bn_label, versus_label, versus_steps
 from reproduction.records import Line
 from reproduction.setting import Setting
 from reproduction.statistics import Interval, n_successes, paired, paired_difference, rate, steps_to, validation_iou
 
 Rows = Mapping[str, Sequence[Line]]
 TARGET_IOU = 0.70
+SOMETIMES, CONSISTENT = "3 of 10 (its text), 4 of 10 (its table 4)", '"consistent results"'
 BN_CASES = {
     "neither": ("none", "none"),
     "class weights (sqrt)": ("none", "sqrt"),
@@ -23,16 +24,27 @@ BN_CASES = {
 """Of the 2-Unet: what it is trained with -> batch_norm and class_weights."""
 
 
-def bn_rates(found: Rows) -> Iterator[str]:
-    """How often the 2-Unet trains with and without batch normalisation and class weights."""
-    yield "| 2-Unet with | trained | 95 % interval | report |"
+def success_rates(found: Rows, cases: Mapping[str, str], reported: Mapping[str, str]) -> Iterator[str]:
+    """How often the 2-Unet trains in each case: cases and what the report says of them by name, labels of rows by case."""
+    yield "| 2-Unet | trained | 95 % interval | report |"
     yield "|---|---|---|---|"
-    reported = {"neither": "3 of 10 (its text), 4 of 10 (its table 4)", "both": '"consistent results"'}
-    for case, (batch_norm, weights) in BN_CASES.items():
-        if runs := found.get(bn_label(2, batch_norm, weights)):
+    for case, label in cases.items():
+        if runs := found.get(label):
             _, low, high = rate(n_successes(runs), len(runs))
             yield f"| {case} | {n_successes(runs)} of {len(runs)} | {low:.0%} to {high:.0%} | {reported.get(case, '-')} |"
     yield ""
+
+
+def recipe_rates(found: Rows) -> Iterator[str]:
+    """With our recipe, and with parts of it left out."""
+    cases = {f"our recipe{missing}": f"{FINAL_OURS}{missing}" for missing in WITHOUT}
+    yield from success_rates(found, cases, dict(zip(cases, (CONSISTENT, "-", "-", SOMETIMES), strict=True)))
+
+
+def bn_rates(found: Rows) -> Iterator[str]:
+    """In the report's setting, with and without batch normalisation and class weights."""
+    cases = {f"the report's setting, {case}": bn_label(2, *how) for case, how in BN_CASES.items()}
+    yield from success_rates(found, cases, dict(zip(cases, (SOMETIMES, "-", "-", CONSISTENT), strict=True)))
 
 
 def versus_tables(found: Rows, setting: Setting) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from reproduction.comparisons import BN_CASES, TARGET_IOU, versus_pairs
-from reproduction.experiments import FINAL_OURS, INITS, VERSUS_WIDTHS, bn_label, versus_label, versus_steps
+from reproduction.experiments import FINAL_OURS, INITS, VERSUS_WIDTHS, WITHOUT, bn_label, versus_label, versus_steps
 from reproduction.records import Line
 from reproduction.sections import by_row, own_lines
 from reproduction.setting import Setting
@@ -88,9 +88,13 @@ def _curves(panel: Any, runs: Sequence[Line], colour: str, *, label: str) -> Non
 
 def _success(plt: Any, found: Mapping[str, Rows]) -> Any:
     """The share of runs that trained, with its 95 % interval, beside the report's."""
-    cases = {f"He-normal, {case}": found["bn"].get(bn_label(2, *how), []) for case, how in BN_CASES.items()}
-    cases[f"{INITS['torch']} weights, neither"] = found["table4"].get(f"2-Unet, {INITS['torch']}", [])
-    cases["our recipe, mixed"] = found["final"].get(FINAL_OURS, [])
+    cases = {f"report's setting, {INITS[init]} weights": found["table4"].get(f"2-Unet, {INITS[init]}", []) for init in INITS}
+    cases |= {
+        f"report's setting, with {case}": found["bn"].get(bn_label(2, *how), [])
+        for case, how in BN_CASES.items()
+        if case != "neither"
+    }
+    cases |= {f"our recipe{missing}": found["final"].get(f"{FINAL_OURS}{missing}", []) for missing in reversed(WITHOUT)}
     cases = {case: runs for case, runs in cases.items() if runs}
     bars = [("report, neither (its text)", 3, 10, REPORT), ("report, neither (its table 4)", 4, 10, REPORT)]
     bars += [(case, n_successes(runs), len(runs), OURS) for case, runs in cases.items()]

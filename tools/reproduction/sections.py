@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kdunet_infer.errors import ConfigError
-from reproduction.comparisons import bn_rates, versus_tables
+from reproduction.comparisons import bn_rates, recipe_rates, versus_tables
 from reproduction.experiments import Row, experiment, rows
 from reproduction.plan import TEACHERS
 from reproduction.records import Line, of_experiment
@@ -80,7 +80,7 @@ def _about(name: str, own: Lines, setting: Setting) -> Iterator[str]:
     budget = setting.budget
     hours = sum(line["seconds"] for line in own) / 3600
     steps = sorted({line["steps"] for line in own if line.get("steps")})
-    crop = f"8 crops of {budget.crop} x {budget.crop}"
+    crop = f"{budget.batch} crops of {budget.crop} x {budget.crop}"
     bank = f", drawn from a bank of {budget.bank[0]:,}" if budget.bank else ""
     versions = ", ".join(sorted({line["torch"] for line in own}))
     yield f"\n**Budget `{budget.name}`**: {' or '.join(f'{n:,}' for n in steps)} steps of {crop}{bank};"
@@ -108,6 +108,8 @@ def _table(name: str, own: Lines, setting: Setting) -> Iterator[str]:
 
 
 def _after(name: str, own: Lines, setting: Setting) -> Iterator[str]:
+    if name == "final":
+        yield from recipe_rates(by_row(own))
     if name == "bn":
         yield from bn_rates(by_row(own))
     if name == "versus":
@@ -125,7 +127,7 @@ def _after(name: str, own: Lines, setting: Setting) -> Iterator[str]:
 
 def _teachers(own: Lines, lines: Lines) -> Iterator[str]:
     """The teachers trained here that taught these runs."""
-    wanted = {"final": ("4-Unet",), **dict.fromkeys(("table2", "table3", "table5", "table6"), ("4-Unet",))}
+    wanted = {"final": ("4-Unet, vnc",), **dict.fromkeys(("table2", "table3", "table5", "table6"), ("4-Unet, vanilla",))}
     for line in lines:
         if line["experiment"] != TEACHERS or line["budget"] != own[0]["budget"]:
             continue
