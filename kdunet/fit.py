@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,12 +31,13 @@ from kdunet.checkpoint import (
     write_whole,
 )
 from kdunet.collapse import GRACE, Collapse, CollapseWatch
-from kdunet.config import LossConfig, OptimConfig, RunConfig
+from kdunet.config import LossConfig, RunConfig
 from kdunet.data import Annotated, Batch, BatchDataset, batches, load_annotated, read_annotated
 from kdunet.evaluate import Validation, mean_cross_entropy, validate
 from kdunet.interrupts import stop_requests
-from kdunet.measures import EXAMPLES_FILE, RESULT_FILE, UNSEEN_FILE, UnseenLog
-from kdunet.records import Metrics
+from kdunet.measures import EXAMPLES_FILE, RESULT_FILE, UNSEEN_FILE
+from kdunet.records import METRICS_FILE, RunLogs
+from kdunet.schedule import learning_rate, loss_at
 from kdunet.teachers import Teacher, check_teacher, load_teacher
 from kdunet.unet import UNet
 from kdunet_infer.errors import ConfigError, TrainingError
@@ -48,11 +49,8 @@ except ModuleNotFoundError:  # some machines have the umbrella package only; the
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "config.toml"
-METRICS_FILE = "metrics.csv"
 BEFORE_THE_FIRST_STEP = {CONFIG_FILE, METRICS_FILE, EXAMPLES_FILE, UNSEEN_FILE, "tensorboard"}
 """What a run that died before its first checkpoint leaves; such a folder can be used again."""
-LOG_EVERY = 50
-"""Steps between rows of the metrics file."""
 MAX_RESTARTS = 5
 """With other weights, after collapses; what has failed six times fails for another reason than its weights."""
 
@@ -119,11 +117,11 @@ def fit(
     unseen = _load_unseen(config)
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
     n_steps, stopped_by = config.optim.steps, ""
-    records = _Logs(out, from_step=run.step) if fabric.is_global_zero else contextlib.nullcontext()
+    records = RunLogs(out, from_step=run.step) if fabric.is_global_zero else contextlib.nullcontext()
     with stop_requests() as stop, records as logs:
         if config.start and run.step == 0 and logs:
             # what the run began with is kept unless it gets better
-            logs.add_validation(0, run.validate_and_keep_best(validation))
+            logs.add_validation(0, asdict(run.validate_and_keep_best(validation)))
         stream = batches(dataset, range(run.step, n_steps), workers=config.data.workers)
         while run.step < n_steps and not (stopped_by := _agreed(fabric, stop, deadline)):
             asked = time.monotonic()
@@ -136,7 +134,7 @@ def fit(
                     logs.unseen.add(run.step, mean_cross_entropy(run.averaged_network, unseen, device=fabric.device))
             if run.step % config.validate_every == 0 or run.step == n_steps:
                 if logs:
-                    logs.add_validation(run.step, run.validate_and_keep_best(validation))
+                    logs.add_validation(run.step, asdict(run.validate_and_keep_best(validation)))
                     logs.sync()
                 run.save_checkpoint()
             if logs:
@@ -200,7 +198,7 @@ class _Run:
         margins = losses.margin(self.network(images))
         weights = losses.pixel_weights(labels, self.class_weights)
         terms = loss_terms(
-            margins, self._taught(batch, images), labels, weights, config=self._loss_of_this_step(), pool=self.pool
+            margins, self._taught(batch, images), labels, weights, config=loss_at(self.step, self.config), pool=self.pool
         )
         loss = sum(terms.values(), start=torch.zeros((), device=labels.device))
         self._refuse_not_finite("loss", loss.item())
@@ -299,15 +297,6 @@ class _Run:
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
 
-    def _loss_of_this_step(self) -> LossConfig:
-        """The configured loss, or the half of it that counts now where the teacher comes first and the labels after."""
-        config = self.config.loss
-        if not config.soft_first:
-            return config
-        if self.step < round(config.soft_first * self.config.optim.steps):
-            return replace(config, hard_weight=0.0, dice_weight=0.0)
-        return replace(config, soft_weight=0.0)
-
     def _taught(self, batch: Batch, images: Tensor) -> Tensor | None:
         """The teacher's margins: stored with the crops, or its answer to the same augmented crops."""
         if not self.config.loss.soft_weight:
@@ -355,56 +344,6 @@ def loss_terms(
     if config.dice_weight:
         terms["dice"] = config.dice_weight * losses.soft_dice_loss(student, labels, pool=pool)
     return terms
-
-
-def learning_rate(step: int, config: OptimConfig) -> float:
-    """One cycle: linear from a 25th of the peak, then a cosine to a 1,000th of it. A function of the step alone: no state."""
-    warmup = max(1, round(config.warmup * config.steps))
-    if step < warmup:
-        return config.learning_rate * (0.04 + 0.96 * step / warmup)
-    share = (step - warmup) / max(1, config.steps - 1 - warmup)
-    return config.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
-
-
-class _Logs:
-    """The files that a run appends to: metrics for people, the report's two curves, which nothing reads before it ends."""
-
-    def __init__(self, out: Path, *, from_step: int) -> None:
-        self.out = out
-        self._open(from_step)
-
-    def _open(self, from_step: int) -> None:
-        self.metrics = Metrics(self.out / METRICS_FILE, from_step=from_step)
-        self.examples = UnseenLog(self.out / EXAMPLES_FILE, from_step=from_step)
-        self.unseen = UnseenLog(self.out / UNSEEN_FILE, from_step=from_step)
-        self._waited, self._row_began = 0.0, time.monotonic()
-
-    def add_step(self, step: int, measured: dict[str, float], cross_entropies: list[float], waited: float) -> None:
-        self._waited += waited
-        self.examples.add(step, *cross_entropies)
-        if step % LOG_EVERY == 0:
-            seconds = time.monotonic() - self._row_began
-            self.metrics.add(step, {**measured, "data_wait": self._waited / seconds, "seconds": seconds})
-            self._waited, self._row_began = 0.0, time.monotonic()
-
-    def add_validation(self, step: int, validation: Validation) -> None:
-        self.metrics.add(step, asdict(validation))
-        self._waited, self._row_began = 0.0, time.monotonic()  # validation is not training time
-
-    def sync(self) -> None:
-        self.examples.sync()
-        self.unseen.sync()
-
-    def begin_again(self) -> None:
-        self.__exit__()
-        self._open(from_step=0)
-
-    def __enter__(self) -> _Logs:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for log in (self.metrics, self.examples, self.unseen):
-            log.close()
 
 
 def _teacher(config: RunConfig, device: torch.device, dataset: BatchDataset, teacher: Teacher | None) -> Teacher | None:

@@ -1,10 +1,18 @@
-"""What a run writes down while it goes: rows of (step, name, value) as CSV, and TensorBoard where it is installed."""
+"""What a run writes down while it goes: metrics for people, and the report's two curves, which nothing reads before it ends."""
 
 from __future__ import annotations
 
 import csv
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from kdunet.measures import EXAMPLES_FILE, UNSEEN_FILE, UnseenLog
+
+METRICS_FILE = "metrics.csv"
+LOG_EVERY = 50
+"""Steps between rows of the metrics file."""
 
 
 class Metrics:
@@ -43,3 +51,48 @@ def rows_until(path: Path, step: int) -> list[list[str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+
+
+class RunLogs:
+    """All files that a run appends to; a context manager. Rows after `from_step` are dropped."""
+
+    def __init__(self, out: Path, *, from_step: int) -> None:
+        self.out = out
+        self._open(from_step)
+
+    def _open(self, from_step: int) -> None:
+        self.metrics = Metrics(self.out / METRICS_FILE, from_step=from_step)
+        self.examples = UnseenLog(self.out / EXAMPLES_FILE, from_step=from_step)
+        self.unseen = UnseenLog(self.out / UNSEEN_FILE, from_step=from_step)
+        self._waited, self._row_began = 0.0, time.monotonic()
+
+    def add_step(self, step: int, measured: dict[str, float], cross_entropies: list[float], waited: float) -> None:
+        """Keep what a step measured; `waited` seconds of it were for data."""
+        self._waited += waited
+        self.examples.add(step, *cross_entropies)
+        if step % LOG_EVERY == 0:
+            seconds = time.monotonic() - self._row_began
+            self.metrics.add(step, {**measured, "data_wait": self._waited / seconds, "seconds": seconds})
+            self._waited, self._row_began = 0.0, time.monotonic()
+
+    def add_validation(self, step: int, validation: Mapping[str, float]) -> None:
+        """Keep the figures of a validation."""
+        self.metrics.add(step, dict(validation))
+        self._waited, self._row_began = 0.0, time.monotonic()  # validation is not training time
+
+    def sync(self) -> None:
+        """Wait until the curves are on the disk, before a checkpoint that must not outlive them."""
+        self.examples.sync()
+        self.unseen.sync()
+
+    def begin_again(self) -> None:
+        """Drop all rows: the run starts over."""
+        self.__exit__()
+        self._open(from_step=0)
+
+    def __enter__(self) -> RunLogs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for log in (self.metrics, self.examples, self.unseen):
+            log.close()

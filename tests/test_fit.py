@@ -16,14 +16,16 @@ import tifffile
 import torch
 
 import kdunet.fit
+import kdunet.records
 from kdunet.checkpoint import load_network, load_tensors, save_network
 from kdunet.collapse import Collapse, CollapseWatch
 from kdunet.config import METHODS, AugmentConfig, DataConfig, OptimConfig, RunConfig
 from kdunet.data import CropDataset, batches, load_annotated, slabs
 from kdunet.evaluate import slice_margin, validate
-from kdunet.fit import CHECKPOINT_FILE, CONFIG_FILE, Progress, fit, learning_rate
+from kdunet.fit import CHECKPOINT_FILE, CONFIG_FILE, Progress, fit
 from kdunet.losses import IGNORED
 from kdunet.measures import RESULT_FILE, UnseenLog
+from kdunet.schedule import learning_rate
 from kdunet.unet import UNet
 from kdunet_infer.errors import ConfigError, TrainingError, VolumeError, VolumeNotFound
 
@@ -154,7 +156,7 @@ def test_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(
 def test_metrics_of_a_stopped_run_hold_each_step_once(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kdunet.fit, "LOG_EVERY", 1)
+    monkeypatch.setattr(kdunet.records, "LOG_EVERY", 1)
     fit(config, tmp_path / "run", progress=_stop_at(3))
     with (tmp_path / "run" / "metrics.csv").open("a") as file:
         file.write("4,loss,0.5\r\n")  # killed after this row and before the next checkpoint
@@ -317,7 +319,7 @@ def test_a_run_begins_again_with_other_weights_until_one_is_no_constant(
             return Collapse(**numbers, first_step=1, last_step=5) if seen else None
 
     monkeypatch.setattr(kdunet.fit, "CollapseWatch", Once)
-    monkeypatch.setattr(kdunet.fit, "LOG_EVERY", 1)
+    monkeypatch.setattr(kdunet.records, "LOG_EVERY", 1)
     result = fit(config.replaced({"on_collapse": "restart"}), tmp_path / "run")
     assert (result.finished, result.step, result.n_restarts, result.collapse) == (True, 8, 2, None)
     steps = [step for step, _ in UnseenLog.read(tmp_path / "run" / "examples.csv")]
@@ -360,7 +362,7 @@ def test_frozen_normalisation_keeps_its_statistics(config: RunConfig, tmp_path: 
 def test_sequential_learns_from_the_teacher_first_and_then_from_the_labels(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kdunet.fit, "LOG_EVERY", 1)
+    monkeypatch.setattr(kdunet.records, "LOG_EVERY", 1)
     sequential = config.replaced({f"loss.{name}": value for name, value in METHODS["sequential"].items()})
     fit(sequential, tmp_path / "run", teacher=lambda images: images[:, 0] - 150.0)
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:

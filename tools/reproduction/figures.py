@@ -94,7 +94,7 @@ def _success(plt: Any, found: Mapping[str, Rows]) -> Any:
         for case, how in BN_CASES.items()
         if case != "neither"
     }
-    cases |= {f"our recipe{missing}": found["final"].get(f"{FINAL_OURS}{missing}", []) for missing in reversed(WITHOUT)}
+    cases |= {f"our recipe{missing}": found["final"].get(f"{FINAL_OURS}{missing}", []) for missing in WITHOUT}
     cases = {case: runs for case, runs in cases.items() if runs}
     bars = [("report, neither (its text)", 3, 10, REPORT), ("report, neither (its table 4)", 4, 10, REPORT)]
     bars += [(case, n_successes(runs), len(runs), OURS) for case, runs in cases.items()]

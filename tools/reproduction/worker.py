@@ -29,9 +29,10 @@ from kdunet.collapse import Collapse, constant_floor
 from kdunet.config import RunConfig
 from kdunet.data import Annotated, read_annotated
 from kdunet.evaluate import slice_margin
-from kdunet.fit import METRICS_FILE, Progress, fit
+from kdunet.fit import Progress, fit
 from kdunet.losses import IGNORED
 from kdunet.measures import EXAMPLES_FILE, RESULT_FILE, UNSEEN_FILE, MeasureWindows, UnseenLog, best_window
+from kdunet.records import METRICS_FILE
 from kdunet.unet import UNet, n_parameters
 from kdunet_infer.errors import KdunetError, TrainingError
 from kdunet_infer.metrics import CrossEntropy, ProbabilityHistogram
