@@ -64,7 +64,7 @@ BUDGETS: Mapping[str, Budget] = {
         Budget(
             name="small",
             steps=600,
-            final_steps=1000,
+            final_steps=800,
             teacher_steps=1500,
             batch=4,
             crop=256,
@@ -217,9 +217,13 @@ class Setting:
         return self._run(EPFL, width=width, teacher=teacher, method=method).replaced({**fixed, **_dotted(changes)})
 
     def ours(self, *, width: int, method: str, volume: Volume = EPFL, teacher: str = "", **changes: Any) -> RunConfig:
-        """The defaults of `kdunet.config`, and the average of the weights over a tenth of the steps as there."""
+        """The defaults of `kdunet.config`, inverse class weights, and the average of the weights over a tenth of the steps.
+
+        Inverse weights, because short runs of tiny networks get off the constant with them and not always with the default's
+        square roots: with seed 2 a validation IoU of 0.77 against 0.52 after 1,000 steps.
+        """
         config = self._run(volume, width=width, teacher=teacher, method=method)
-        config = config.replaced({"on_collapse": "ignore", **_dotted(changes)})
+        config = config.replaced({"on_collapse": "ignore", "loss.class_weights": "inverse", **_dotted(changes)})
         return config.replaced({"optim.ema_decay": max(0.0, 1 - 10 / config.optim.steps)})
 
     def teacher_folder(self, name: str) -> Path:
