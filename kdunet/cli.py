@@ -11,10 +11,10 @@ import click
 
 from kdunet.config import METHODS, RunConfig
 from kdunet.finetune_config import FINETUNE
+from kdunet.interrupts import EXIT_BY_SIGNAL
 from kdunet_infer.console import SentenceGroup, progress_bar
 from kdunet_infer.errors import ConfigError, TrainingError
 
-EXIT_BY_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
 DEFAULTS = RunConfig()
 
 

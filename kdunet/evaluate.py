@@ -33,7 +33,7 @@ class Validation:
 def validate(network: UNet, slab: Annotated, *, device: torch.device, autocast: torch.dtype | None = None) -> Validation:
     """Score `network`, which must be in evaluation mode, on every annotated voxel of `slab`."""
     histogram, cross_entropy = ProbabilityHistogram(), CrossEntropy()
-    for probability, truth in _answers(network, slab, device=device, autocast=autocast):
+    for probability, truth in answers(network, slab, device=device, autocast=autocast):
         histogram.add(probability, truth)
         cross_entropy.add(probability, truth)
     threshold, iou = histogram.best_threshold()
@@ -43,13 +43,13 @@ def validate(network: UNet, slab: Annotated, *, device: torch.device, autocast: 
 def mean_cross_entropy(network: UNet, slab: Annotated, *, device: torch.device) -> float:
     """The cross-entropy alone, per annotated voxel of `slab`, in nats."""
     cross_entropy = CrossEntropy()
-    for probability, truth in _answers(network, slab, device=device, autocast=None):
+    for probability, truth in answers(network, slab, device=device):
         cross_entropy.add(probability, truth)
     return cross_entropy.mean()
 
 
-def _answers(
-    network: UNet, slab: Annotated, *, device: torch.device, autocast: torch.dtype | None
+def answers(
+    network: UNet, slab: Annotated, *, device: torch.device, autocast: torch.dtype | None = None
 ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]]:
     """Foreground probability and truth of the annotated voxels, slice by slice, each flat."""
     for image, truth in zip(slab.images, slab.truth, strict=True):

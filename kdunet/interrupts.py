@@ -8,6 +8,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+EXIT_BY_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
+"""Exit codes of a command that was stopped and can go on."""
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[str]]:

@@ -24,9 +24,9 @@ from reproduction.sections import write_section
 from reproduction.setting import BUDGETS, Places, Setting, refuse_missing
 from reproduction.statistics import validation_iou
 
+from kdunet.interrupts import EXIT_BY_SIGNAL
 from kdunet_infer.errors import KdunetError
 
-EXIT_BY_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
 DEFAULTS = Places()
 
 

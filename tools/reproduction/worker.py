@@ -28,16 +28,15 @@ from kdunet.checkpoint import NETWORK_FILE, load_network, write_whole
 from kdunet.collapse import Collapse, constant_floor
 from kdunet.config import RunConfig
 from kdunet.data import Annotated, read_annotated
-from kdunet.evaluate import slice_margin
+from kdunet.evaluate import answers
 from kdunet.fit import Progress, fit
-from kdunet.losses import IGNORED
+from kdunet.interrupts import EXIT_BY_SIGNAL
 from kdunet.measures import EXAMPLES_FILE, RESULT_FILE, UNSEEN_FILE, MeasureWindows, UnseenLog, best_window
 from kdunet.records import METRICS_FILE
 from kdunet.unet import UNet, n_parameters
 from kdunet_infer.errors import KdunetError, TrainingError
 from kdunet_infer.metrics import CrossEntropy, ProbabilityHistogram
 
-EXIT_BY_SIGNAL = {"SIGINT": 130, "SIGTERM": 143}
 DIVERGED = re.compile(r"the (loss|gradient) is \S+ at step \d+")
 """How `fit` says that a loss is no number any more: a result of an experiment, not a failure of this tool."""
 CURVE_POINTS = 60
@@ -137,11 +136,9 @@ def _test(network: UNet, config: RunConfig, threshold: float, stride: int) -> di
     slab = Annotated(whole.images[::stride], whole.truth[::stride])
     device = torch.device("cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     histogram, cross_entropy = ProbabilityHistogram(), CrossEntropy()
-    for image, truth in zip(slab.images, slab.truth, strict=True):
-        margins = torch.from_numpy(slice_margin(network.to(device), image, device=device))
-        annotated = truth != IGNORED
-        for measure in (histogram, cross_entropy):
-            measure.add(margins.sigmoid().numpy()[annotated], truth[annotated])
+    for probability, truth in answers(network.to(device), slab, device=device):
+        histogram.add(probability, truth)
+        cross_entropy.add(probability, truth)
     return {
         "iou": histogram.iou_at([threshold])[0],
         "threshold": threshold,
