@@ -262,8 +262,7 @@ def _final(setting: Setting) -> Iterator[Row]:
     ours = setting.paced(setting.ours(width=2, method="mixed"), setting.budget.final_steps)
     for missing, changes in WITHOUT.items():
         label = f"{FINAL_OURS}{missing}"
-        n_seeds = 5 if missing else STABILITY_SEEDS
-        yield Row(label=label, config=ours.replaced(changes), n_seeds=n_seeds, every_test_slice=not missing)
+        yield Row(label=label, config=ours.replaced(changes), n_seeds=STABILITY_SEEDS, every_test_slice=not missing)
     for volume in (MITOCHONDRIA, SYNAPSES):
         teacher = str(setting.teacher_folder(_vnc_teacher(volume)))
         for method, name in (("vanilla", "labels alone"), ("mixed", "mixed")):
