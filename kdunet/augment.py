@@ -1,20 +1,18 @@
 """Augmentation of a crop: one warp for the image and all that goes with it, then the image's grey values.
 
-Flips, rotation, scale, tilt and the coarse-grid elastic warp of the U-Net paper (random displacements on a coarse grid, bicubic
-in between; arXiv:1505.04597, section 3.1) are one sampling of the volume, so that nothing is interpolated twice.
+Flips, rotation, scale and the coarse-grid elastic warp of the U-Net paper (random displacements on a coarse grid, bicubic in
+between; arXiv:1505.04597, section 3.1) are one sampling of the slice, so that nothing is interpolated twice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 from kdunet.config import AugmentConfig
@@ -24,28 +22,29 @@ NORMAL_QUANTILES: npt.NDArray[np.float32] = torch.special.ndtri((torch.arange(65
 
 
 def warped_crop(
-    volumes: Sequence[npt.NDArray[Any]],
-    corner: tuple[int, int, int],
-    size: int,
-    config: AugmentConfig,
-    rng: np.random.Generator,
+    planes: Sequence[Tensor], corner: tuple[int, int], size: int, config: AugmentConfig, rng: np.random.Generator
 ) -> Tensor:
-    """Cut a crop of `size` x `size` pixels at `corner` (z, y, x) out of a volume, warped.
+    """Cut a crop of `size` pixels at `corner` (y, x) out of a slice, warped.
 
-    volumes: the images and what goes with them, each (z, y, x). Returns their crops (n, size, size) float32, interpolated
-    linearly; beyond its faces a volume is mirrored.
+    planes: the image and what goes with it, each (y, x). Returns their crops (n, size, size) float32, interpolated; beyond the
+    slice all are mirrored.
     """
-    points = sampling_points(corner, size, config, rng)
-    if not config.tilt_degrees:  # within one slice
-        volumes, points = [volume[corner[0]] for volume in volumes], points[1:]
-    crops = [map_coordinates(volume, points, output=np.float32, order=1, mode="mirror") for volume in volumes]
-    return torch.from_numpy(np.stack(crops))
+    points = sampling_points(corner, size, config, rng)  # (size, size, 2) as x, y
+    begin = points.amin(dim=(0, 1)).floor().long() - 1  # x, y; only what is sampled is converted to float
+    end = points.amax(dim=(0, 1)).ceil().long() + 2
+    height, width = planes[0].shape
+    x0, y0 = (int(v.clamp(min=0)) for v in begin)
+    x1, y1 = min(int(end[0]), width), min(int(end[1]), height)
+    if begin.min() < 0 or x1 < int(end[0]) or y1 < int(end[1]):
+        x0, y0, x1, y1 = 0, 0, width, height  # mirroring needs the true faces of the slice
+    region = torch.stack([plane[y0:y1, x0:x1].float() for plane in planes])[None]  # (1, n, y, x)
+    extent = torch.tensor([x1 - x0 - 1, y1 - y0 - 1], dtype=torch.float32).clamp(min=1)
+    grid = (points - torch.tensor([x0, y0])) / extent * 2 - 1
+    return F.grid_sample(region, grid[None], mode="bilinear", padding_mode="reflection", align_corners=True)[0]
 
 
-def sampling_points(
-    corner: tuple[int, int, int], size: int, config: AugmentConfig, rng: np.random.Generator
-) -> npt.NDArray[np.float32]:
-    """Where in the volume each pixel of the crop is taken from: (3, size, size), z then y then x, in voxels."""
+def sampling_points(corner: tuple[int, int], size: int, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
+    """Where in the slice each pixel of the crop is taken from: (size, size, 2) float32, x then y, in pixels."""
     centre = (size - 1) / 2
     axis = torch.arange(size, dtype=torch.float32) - centre
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -53,12 +52,7 @@ def sampling_points(
     if config.elastic_px:
         points = points + _elastic_displacements(size, config, rng)
     points = points @ torch.tensor(_linear_map(config, rng), dtype=torch.float32).T
-    x, y = points.unbind(-1)
-    z = torch.zeros_like(x)
-    if config.tilt_degrees:
-        x, y, z = _tilted(x, y, config, rng)
-    begin_z, begin_y, begin_x = corner
-    return torch.stack([z + begin_z, y + (begin_y + centre), x + (begin_x + centre)]).numpy()
+    return points + torch.tensor([corner[1] + centre, corner[0] + centre])
 
 
 def changed_grey_values(image: Tensor, config: AugmentConfig, rng: np.random.Generator) -> Tensor:
@@ -88,15 +82,6 @@ def _linear_map(config: AugmentConfig, rng: np.random.Generator) -> list[list[fl
     turn = float(rng.integers(4)) * math.pi / 2 if config.flip else 0.0
     cos, sin = (round(value, 12) for value in (math.cos(angle + turn), math.sin(angle + turn)))
     return [[flip * cos / scale, -sin / scale], [flip * sin / scale, cos / scale]]
-
-
-def _tilted(x: Tensor, y: Tensor, config: AugmentConfig, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """x, y and z of the plane's points once it is turned about a random line through its centre, out of the slice."""
-    direction, angle = rng.uniform(0, math.pi), math.radians(rng.uniform(-config.tilt_degrees, config.tilt_degrees))
-    across_x, across_y = -math.sin(direction), math.cos(direction)
-    distance = x * across_x + y * across_y  # from the line, which stays where it is
-    shortened = distance * (1 - math.cos(angle))
-    return x - shortened * across_x, y - shortened * across_y, distance * math.sin(angle)
 
 
 def _standard_normal(shape: Sequence[int], rng: np.random.Generator) -> npt.NDArray[np.float32]:

@@ -35,10 +35,10 @@ except ModuleNotFoundError:  # some machines have the umbrella package only; the
 
 BANK_FILE = "bank.json"
 IMAGES_FILE, LABELS_FILE, MARGINS_FILE = "images.npy", "labels.npy", "margins.npy"
-BANK_FORMAT = 2
+BANK_FORMAT = 1
 CROP_STREAM = 0xBA2C0000
 """Crop i of a bank is drawn from (seed, this, i): a stream of its own, beyond the steps of any run."""
-GEOMETRY = ("flip", "rotate_degrees", "scale", "tilt_degrees", "elastic_px", "elastic_spacing_px")
+GEOMETRY = ("flip", "rotate_degrees", "scale", "elastic_px", "elastic_spacing_px")
 """What of the augmentation is in a bank's crops already; grey values change at each draw."""
 
 # float16 rounds a margin m by at most 2^-11 |m|, which moves its probability by 2^-11 |m| p (1 - p) < 1.1e-4 at any temperature

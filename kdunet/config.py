@@ -58,8 +58,6 @@ class AugmentConfig:
     """Rotation is uniform within plus and minus this."""
     scale: float = 0.2
     """Magnification is log-uniform within 1/(1+scale) and 1+scale."""
-    tilt_degrees: float = 0.0
-    """A crop's plane is turned out of its slice by up to this: shapes that no slice shows, where voxels are isotropic."""
     elastic_px: float = 6.0
     """Standard deviation of the displacements on the coarse grid, in pixels."""
     elastic_spacing_px: int = 64
@@ -74,7 +72,7 @@ class AugmentConfig:
     """Gaussian noise of a standard deviation uniform within 0 and this, in grey levels."""
 
     def __post_init__(self) -> None:
-        for name in ("rotate_degrees", "scale", "tilt_degrees", "elastic_px", "brightness", "contrast", "gamma", "noise"):
+        for name in ("rotate_degrees", "scale", "elastic_px", "brightness", "contrast", "gamma", "noise"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"augment.{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.elastic_spacing_px < 8:
@@ -83,9 +81,7 @@ class AugmentConfig:
     @classmethod
     def none(cls) -> AugmentConfig:
         """No change at all: the crop as it is in the slice."""
-        return cls(
-            flip=False, rotate_degrees=0, scale=0, tilt_degrees=0, elastic_px=0, brightness=0, contrast=0, gamma=0, noise=0
-        )
+        return cls(flip=False, rotate_degrees=0, scale=0, elastic_px=0, brightness=0, contrast=0, gamma=0, noise=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,9 +188,8 @@ class CropDataset(BatchDataset):
         super().__init__(config.batch, seed=seed, rank=rank, n_ranks=n_ranks)
         if min(slab.images.shape[1:]) < config.crop:
             raise ConfigError(f"data.crop is {config.crop} and a slice {slab.images.shape[1:]}; choose a smaller crop.")
-        ignored = slab.truth == IGNORED
-        self.images, self.foreground, self.probabilities = slab.images, slab.truth == 1, slab.probabilities
-        self.ignored = ignored if ignored.any() else None
+        self.images, self.truth = torch.from_numpy(slab.images), torch.from_numpy(slab.truth)
+        self.probabilities = None if slab.probabilities is None else torch.from_numpy(slab.probabilities)
         self.config, self.augment = config, augment
 
     @property
@@ -205,16 +204,16 @@ class CropDataset(BatchDataset):
 
     def warped(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """The same with the grey values as they are."""
-        size = self.config.crop
         n_slices, height, width = self.images.shape
+        size = self.config.crop
         z, y, x = (int(rng.integers(0, limit)) for limit in (n_slices, height - size + 1, width - size + 1))
-        volumes = {"image": self.images, "foreground": self.foreground, "ignored": self.ignored, "taught": self.probabilities}
-        present = {name: volume for name, volume in volumes.items() if volume is not None}
-        crops = dict(zip(present, warped_crop([*present.values()], (z, y, x), size, self.augment, rng), strict=True))
-        labels = (crops["foreground"] >= 0.5).byte()
-        if "ignored" in crops:
-            labels[crops["ignored"] >= 0.5] = IGNORED
-        return crops["image"], labels, crops["taught"].clamp(*PROBABILITY_LIMITS).logit() if "taught" in crops else None
+        planes = [self.images[z], self.truth[z] == 1, self.truth[z] == IGNORED]
+        if self.probabilities is not None:
+            planes.append(self.probabilities[z])
+        image, foreground, ignored, *stored = warped_crop(planes, (y, x), size, self.augment, rng)
+        labels = (foreground >= 0.5).byte()
+        labels[ignored >= 0.5] = IGNORED
+        return image, labels, stored[0].clamp(*PROBABILITY_LIMITS).logit() if stored else None
 
 
 def batches(dataset: BatchDataset, steps: Iterable[int], *, workers: int) -> Iterator[Batch]:

@@ -242,9 +242,9 @@ def _edit(key: str, value: object) -> Callable[[Path], None]:
     [
         (lambda bank: (bank / BANK_FILE).write_text("{"), r"bank.json is damaged \(JSONDecodeError"),
         (lambda bank: (bank / BANK_FILE).write_text("[]"), r"bank.json is damaged \(TypeError"),
-        (lambda bank: (bank / BANK_FILE).write_text('{"format": 2}'), r"bank.json is damaged \(KeyError\('n_crops'\)"),
+        (lambda bank: (bank / BANK_FILE).write_text('{"format": 1}'), r"bank.json is damaged \(KeyError\('n_crops'\)"),
         (_edit("crop", "32"), r"bank.json is damaged \(TypeError\('crop'\)\); make the bank again"),
-        (_edit("format", 1), "bank.json is of format 1, this version reads 2; make the bank again"),
+        (_edit("format", 2), "bank.json is of format 2, this version reads 1; make the bank again"),
         (_edit("n_crops", 12), r"images.npy is uint8 \(11, 32, 32\), not uint8 \(12, 32, 32\) as bank.json says"),
         (lambda bank: (bank / MARGINS_FILE).unlink(), r"margins.npy cannot be read \(.*No such file.*\); make the bank again"),
         (lambda bank: (bank / IMAGES_FILE).write_bytes(b""), "images.npy cannot be read"),

@@ -142,8 +142,8 @@ def test_layers(module: str, must_not_know: list[str]) -> None:
 
 
 def test_training_starts_on_a_bare_machine() -> None:
-    """With torch, numpy, scipy, tifffile, safetensors, click and Fabric only, as on a borrowed GPU."""
-    absent = ("zarr", "onnx", "onnxruntime", "onnxscript", "PIL", "imagecodecs")
+    """With torch, numpy, tifffile, safetensors, click and Fabric only, as on a borrowed GPU."""
+    absent = ("zarr", "onnx", "onnxruntime", "onnxscript", "PIL", "imagecodecs", "scipy")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import kdunet.fit, kdunet.cli, kdunet.evaluate"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
