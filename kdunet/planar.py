@@ -89,6 +89,11 @@ def max_pool(x: Tensor) -> Tensor:
     return cast(Tensor, _MaxPool.apply(x.float().contiguous()))  # type: ignore[no-untyped-call]
 
 
+def mix(x: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """What a 1x1 convolution gives for x (n, n_in, y, x): (n, n_out, y, x)."""
+    return cast(Tensor, _Mix.apply(x.float().contiguous(), convolution.weight, convolution.bias))  # type: ignore[no-untyped-call]
+
+
 def keep_freed_memory() -> bool:
     """Let this process keep what it frees, for good; True where the allocator, glibc's, takes the wish.
 
@@ -215,6 +220,29 @@ class _MaxPool(torch.autograd.Function):
         g, gx = gradient.contiguous(), torch.empty_like(x)
         _run(_kernels().unpool, _planes_of(x), *_images(x, g, gx))
         return gx
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias = bias is not None
+        out = torch.empty(x.shape[0], weight.shape[0], *x.shape[2:])
+        start = np.zeros(weight.shape[0], np.float32) if bias is None else _numpy(bias)
+        _run(_kernels().mix, _Units(len(x), 1), _numpy(x.flatten(2)), _numpy(weight.flatten(1)), start, _numpy(out.flatten(2)))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        n_out, n_in = weight.shape[:2]
+        gx, g_weight, g_bias = torch.empty_like(x), np.empty((len(x), n_out, n_in)), np.empty((len(x), n_out))
+        images = [_numpy(tensor.flatten(2)) for tensor in (x, gradient.contiguous())]
+        to = _numpy(gx.flatten(2)), g_weight, g_bias
+        _run(_kernels().unmix, _Units(len(x), 1), *images, _numpy(weight.flatten(1)), *to)
+        by_weight = torch.from_numpy(g_weight.sum(axis=0)).float().view_as(weight)
+        return gx, by_weight, torch.from_numpy(g_bias.sum(axis=0)).float() if ctx.bias else None
 
 
 def _convolve(

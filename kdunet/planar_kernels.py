@@ -26,6 +26,8 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 MARGIN = 18
 """Values behind a plane that its last vector may read: two columns and sixteen lanes."""
+MIXED = 2048
+"""Pixels that a 1x1 convolution takes at once, so that all their channels stay in the first cache."""
 
 
 def _compiled(function: Kernel) -> Kernel:
@@ -395,3 +397,42 @@ def unpool(begin: int, end: int, _: int, x: Floats, g: Floats, gx: Floats) -> No
                 top[2 * k], top[2 * k + 1] = first, second
                 bottom[2 * k] = third
                 bottom[2 * k + 1] = zero if ((a >= d) | (b >= d) | (c >= d)) else whole
+
+
+@_compiled
+def mix(begin: int, end: int, _: int, x: Floats, weights: Floats, bias: Floats, out: Floats) -> None:
+    """A 1x1 convolution of images (n, c, y x) by weights (n_out, c)."""
+    for n in range(begin, end):
+        for first in range(0, x.shape[2], MIXED):
+            last = min(first + MIXED, x.shape[2])
+            for o in range(weights.shape[0]):
+                target = out[n, o, first:last]
+                target[:] = bias[o]
+                for c in range(weights.shape[1]):
+                    source, weight = x[n, c, first:last], weights[o, c]
+                    for k in range(target.size):
+                        target[k] += weight * source[k]
+
+
+@_compiled
+def unmix(
+    begin: int, end: int, _: int, x: Floats, g: Floats, weights: Floats, gx: Floats, g_weights: Doubles, g_bias: Doubles
+) -> None:
+    """From the gradient g (n, n_out, y x): that of x, and of weights (n, n_out, c) and bias (n, n_out) for each image."""
+    for n in range(begin, end):
+        g_weights[n] = 0.0
+        g_bias[n] = 0.0
+        for first in range(0, x.shape[2], MIXED):
+            last = min(first + MIXED, x.shape[2])
+            gx[n, :, first:last] = 0
+            for o in range(weights.shape[0]):
+                flow, whole = g[n, o, first:last], np.float32(0)
+                for k in range(flow.size):
+                    whole += flow[k]
+                g_bias[n, o] += whole
+                for c in range(weights.shape[1]):
+                    source, target, weight, product = x[n, c, first:last], gx[n, c, first:last], weights[o, c], np.float32(0)
+                    for k in range(flow.size):
+                        target[k] += weight * flow[k]
+                        product += flow[k] * source[k]
+                    g_weights[n, o, c] += product

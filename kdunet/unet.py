@@ -117,8 +117,8 @@ class UNet(nn.Module):
         skips.pop()  # the bottleneck is not skipped to
         for up, block in zip(self.up, self.decoder, strict=True):
             features = block(torch.cat([skips.pop(), self._upsampled(features, up)], dim=1))
-        logits: Tensor = self.head(features)  # (n, 2, y, x)
-        return logits
+        logits: Tensor = planar.mix(features, self.head) if self._is_narrow(features) else self.head(features)
+        return logits  # (n, 2, y, x)
 
     def accelerated(self) -> UNet:
         """This network, its narrow layers from now on by `kdunet.planar` where that can run; the same up to rounding."""
@@ -129,13 +129,15 @@ class UNet(nn.Module):
         return self
 
     def _pooled(self, features: Tensor) -> Tensor:
-        narrow = self.uses_planar and features.shape[1] <= planar.MAX_CHANNELS
-        pooled: Tensor = planar.max_pool(features) if narrow else self.pool(features)
+        pooled: Tensor = planar.max_pool(features) if self._is_narrow(features) else self.pool(features)
         return pooled
 
     def _upsampled(self, features: Tensor, up: nn.Module) -> Tensor:
         assert isinstance(up, nn.ConvTranspose2d)
-        return planar.up(features, up) if self.uses_planar and features.shape[1] <= planar.MAX_CHANNELS else up(features)
+        return planar.up(features, up) if self._is_narrow(features) else up(features)
+
+    def _is_narrow(self, features: Tensor) -> bool:
+        return self.uses_planar and features.shape[1] <= planar.MAX_CHANNELS
 
 
 def n_parameters(network: nn.Module) -> int:

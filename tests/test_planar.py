@@ -221,15 +221,16 @@ def test_max_pool_keeps_nan(place: int) -> None:
     assert planar.max_pool(x).isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 24, 130), (1, 3, 5, 7), (1, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 4, 24, 130), (1, 3, 5, 7), (1, 1, 1, 1), (3, 2, 70, 61)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_up_is_torchs(shape: tuple[int, ...], bias: bool) -> None:
+@pytest.mark.parametrize("kind", ["up", "mix"])
+def test_up_and_mix_are_torchs(shape: tuple[int, ...], bias: bool, kind: str) -> None:
     torch.manual_seed(5)
-    layer = nn.ConvTranspose2d(shape[1], 3, 2, stride=2, bias=bias)
+    layer = nn.ConvTranspose2d(shape[1], 3, 2, stride=2, bias=bias) if kind == "up" else nn.Conv2d(shape[1], 3, 1, bias=bias)
     reference = copy.deepcopy(layer).double()
     x = torch.randn(shape, requires_grad=True)
     y = x.detach().double().requires_grad_()
-    got, want = planar.up(x, layer), reference(y)
+    got, want = (planar.up if kind == "up" else planar.mix)(x, layer), reference(y)  # type: ignore[operator]
     _assert_close(got, want, "output")
     gradient = torch.randn_like(want)
     got.backward(gradient.float())
@@ -256,8 +257,7 @@ def _forward(network: UNet, image: Tensor) -> Tensor:
     for up, double in zip(network.up, network.decoder, strict=True):
         assert isinstance(up, nn.ConvTranspose2d)
         features = block(double, torch.cat([skips.pop(), planar.up(features, up)], dim=1))
-    logits: Tensor = network.head(features)
-    return logits
+    return planar.mix(features, network.head)
 
 
 def test_a_step_of_a_2_unet_is_torchs() -> None:
