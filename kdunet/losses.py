@@ -128,16 +128,16 @@ class BatchStatistics:
 
 def batch_statistics(margins: Tensor, labels: Tensor, weights: Tensor, *, pool: Pool = alone) -> BatchStatistics:
     """Measure a batch: margins, labels and weights (n, y, x), as for the losses."""
-    annotated, values = labels != IGNORED, cross_entropy(margins, labels)
-    p = torch.sigmoid(margins) * annotated
-    sums = [weights * values, weights, annotated, labels == 1, p, p * p]
-    weighted, weight, n, foreground, first, second = pool(
-        torch.stack([term.sum(dtype=torch.float64) for term in sums])
-    ).tolist()
+    annotated = labels != IGNORED
+    values, p = (term * annotated for term in (cross_entropy(margins, labels), torch.sigmoid(margins)))
+    of_crops = [term.sum(dim=(1, 2)) for term in (weights * values, weights, values, p, p * p)]  # float32's sums are pairwise
+    of_crops += [torch.count_nonzero(mask, dim=(1, 2)) for mask in (annotated, labels == 1)]
+    by_crop = torch.stack([term.double() for term in of_crops])
+    weighted, weight, _, first, second, n, foreground = pool(by_crop.sum(dim=1)).tolist()
     n = max(n, 1.0)
     variance = max(0.0, second / n - (first / n) ** 2)
-    of_crops = (values * annotated).sum(dim=(1, 2)) / annotated.sum(dim=(1, 2)).clamp(min=1)
-    return BatchStatistics(weighted / max(weight, 1e-30), of_crops.tolist(), foreground / n, variance**0.5)
+    cross_entropies = by_crop[2] / by_crop[5].clamp(min=1)
+    return BatchStatistics(weighted / max(weight, 1e-30), cross_entropies.tolist(), foreground / n, variance**0.5)
 
 
 def over_processes(partial_sum: Tensor) -> Tensor:
